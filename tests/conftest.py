@@ -1,0 +1,55 @@
+"""Shared by every test: the hosts, and the line that says how many tests ran in them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from comfy_hosts import NO_HOST, OUTCOMES, Host, count_by_host, describe, find_hosts
+
+# These run inside a host's Python, started by test_hosts.py.
+collect_ignore = ["host"]
+
+HOSTS = find_hosts(os.environ, Path.home())
+_PARAMS = HOSTS or [pytest.param(None, marks=pytest.mark.skip(reason=NO_HOST))]
+
+
+@pytest.fixture(scope="session", params=_PARAMS, ids=[h.name for h in HOSTS] or ["no-host"])
+def host(request) -> Host:
+    """Each ComfyUI host in turn; without any, the test is skipped."""
+    found = request.param
+    if not found.python.is_file():
+        pytest.fail(f"{found.path} has no Python at {found.python}: set COMFYUI_PATH and COMFYUI_PYTHON.")
+    return found
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "host" in item.fixturenames:
+            item.add_marker("host")
+            if found := item.callspec.params["host"]:
+                item.user_properties.append(("host", found.name))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+def _counts(config):
+    stats = config.pluginmanager.get_plugin("terminalreporter").stats
+    return count_by_host((outcome, report) for outcome in OUTCOMES for report in stats.get(outcome, ()))
+
+
+def pytest_sessionfinish(session):
+    """CI sets REQUIRE_COMFYUI=1: then a run in which no test ran inside a host is a failure."""
+    if os.environ.get("REQUIRE_COMFYUI") == "1" and not session.config.option.collectonly:
+        counts = _counts(session.config)
+        if not counts or any(not c["passed"] for c in counts.values()):
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    counts = _counts(config)
+    terminalreporter.write_line(describe(counts), bold=True, yellow=not counts)
+    if os.environ.get("REQUIRE_COMFYUI") == "1" and not counts:
+        terminalreporter.write_line("REQUIRE_COMFYUI=1, and no host test ran: this run fails.", red=True, bold=True)

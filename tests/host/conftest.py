@@ -1,0 +1,59 @@
+"""Makes this process a ComfyUI one (CPU, a temporary base directory), with the pack loaded as `safecfg`."""
+
+import atexit
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).parents[2]
+HOST = Path(os.environ.get("COMFYUI_PATH", ""))
+if not (HOST / "main.py").is_file():
+    pytest.exit("tests/host runs inside ComfyUI: run tests/test_hosts.py, or set COMFYUI_PATH.", returncode=2)
+
+
+def _start_comfy() -> None:
+    """ComfyUI reads its command line when it is imported: give it one, then import it."""
+    base = tempfile.mkdtemp(prefix="safecfg-base-")
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    sys.path.insert(0, str(HOST))
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", base]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # parses
+    finally:
+        sys.argv = arguments
+
+
+def _load_pack() -> None:
+    """Loads the pack as ComfyUI does: from its path, under a name of its own."""
+    spec = importlib.util.spec_from_file_location("safecfg", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    sys.modules["safecfg"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+_start_comfy()
+_load_pack()
+
+import torch  # noqa: E402
+from tiny import make_tiny_model, tiny_conditioning  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model():
+    """A MODEL: a random UNet in core's own classes, whose guidance is neither tiny nor huge (tiny.py)."""
+    return make_tiny_model()
+
+
+@pytest.fixture
+def tiny_cond():
+    """`tiny_cond(seed, tokens=7, batch=1)`: a CONDITIONING for `tiny_model`."""
+    return tiny_conditioning
