@@ -65,10 +65,10 @@ def count_by_host(reports: Iterable[tuple[str, object]]) -> dict[str, Counter]:
     return counts
 
 
-def describe(counts: Mapping[str, Counter]) -> str:
-    """One line: how many host tests ran, and where."""
+def describe(counts: Mapping[str, Counter], found: bool) -> str:
+    """One line: how many host tests ran, and where; loud when no host was found."""
     total = sum(counts.values(), Counter())
     ran = sum(total[o] for o in OUTCOMES if o != "skipped")
     say = lambda c: ", ".join(f"{c[o]} {o}" for o in OUTCOMES if c[o]) or "none"  # noqa: E731
     where = "; ".join(f"{host}: {say(c)}" for host, c in sorted(counts.items()))
-    return f"host tests ran: {ran} ({say(total)})" + (f" | {where}" if where else f" | {NO_HOST}")
+    return " | ".join(filter(None, (f"host tests ran: {ran} ({say(total)})", where, "" if found else NO_HOST)))

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from comfy_hosts import NO_HOST, OUTCOMES, Host, count_by_host, describe, find_hosts
 
 # These run inside a host's Python, started by test_hosts.py.
@@ -23,16 +24,15 @@ def host(request) -> Host:
 
 
 def pytest_collection_modifyitems(items):
-    import torch
-
-    no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "host" in item.fixturenames:
             item.add_marker("host")
             if found := item.callspec.params["host"]:
                 item.user_properties.append(("host", found.name))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(no_gpu)
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 
 def _counts(config):
@@ -50,6 +50,6 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     counts = _counts(config)
-    terminalreporter.write_line(describe(counts), bold=True, yellow=not counts)
+    terminalreporter.write_line(describe(counts, bool(HOSTS)), bold=True, yellow=not counts)
     if os.environ.get("REQUIRE_COMFYUI") == "1" and not counts:
         terminalreporter.write_line("REQUIRE_COMFYUI=1, and no host test ran: this run fails.", red=True, bold=True)
