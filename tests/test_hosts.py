@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from comfy_hosts import Host
 
 INNER = Path(__file__).parent / "host"

@@ -42,6 +42,7 @@ _start_comfy()
 _load_pack()
 
 import torch  # noqa: E402
+
 from tiny import make_tiny_model, tiny_conditioning  # noqa: E402
 
 torch.set_num_threads(1)
