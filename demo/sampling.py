@@ -1,0 +1,57 @@
+"""Stable Diffusion's noise schedule and an Euler sampler in plain torch, in core's x0 space.
+
+ComfyUI's KSampler (euler, normal) with the same weights and noise gives the same latents; a host test holds it to that.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def training_sigmas() -> Tensor:
+    """Noise levels (1000,) of Stable Diffusion's schedule, ascending, float32."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
+
+
+SIGMAS = training_sigmas()
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """The nearest timestep (B,) in [0, 999], float32, of noise levels (B,)."""
+    log_sigmas = SIGMAS.log().to(sigma.device)
+    return (sigma.log()[:, None] - log_sigmas).abs().argmin(dim=1).float()
+
+
+def sigma_of(timestep: Tensor) -> Tensor:
+    """Noise levels of timesteps in [0, 999], interpolated in log sigma."""
+    low = timestep.floor().long().clamp(0, 999)
+    high = timestep.ceil().long().clamp(0, 999)
+    fraction = timestep.frac()
+    log_sigmas = SIGMAS.log()
+    return ((1 - fraction) * log_sigmas[low] + fraction * log_sigmas[high]).exp()
+
+
+def normal_schedule(steps: int) -> Tensor:
+    """Core's scheduler `normal`: (steps + 1,) noise levels, descending, the last one 0."""
+    return torch.cat([sigma_of(torch.linspace(999, 0, steps)), torch.zeros(1)])
+
+
+def scale_input(x: Tensor, sigma: Tensor) -> Tensor:
+    """x / sqrt(sigma^2 + 1): core's `calculate_input` for epsilon prediction; sigma (B,)."""
+    return x / (sigma.view(-1, *[1] * (x.ndim - 1)) ** 2 + 1) ** 0.5
+
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, sigma (B,)) -> guided x0 prediction
+
+
+def sample_euler(denoise: Denoiser, noise: Tensor, sigmas: Tensor, progress: Callable[[], object] = lambda: None) -> Tensor:
+    """Euler sampling from pure noise (B, C, H, W) of unit variance along `sigmas`; returns the latent at sigma 0."""
+    x = noise * (1 + sigmas[0] ** 2) ** 0.5
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        denoised = denoise(x, sigma.expand(len(x)))
+        x = x + (x - denoised) / sigma * (following - sigma)
+        progress()
+    return x

@@ -1,0 +1,1 @@
+"""Scripts that make the demo's weights; run them through `python -m demo.train`."""

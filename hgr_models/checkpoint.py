@@ -1,0 +1,126 @@
+"""The HGR checkpoint: one safetensors file, fp16 or fp32 tensors, everything else as JSON in its metadata."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .condition import ConditionConfig
+from .errors import HGRError
+from .guidance import GuidanceConfig
+from .hgr import HGR, HGRInfo
+
+FORMAT_VERSION = 1
+KEY = "safecfg_hgr"  # of the metadata entry
+
+
+def save_hgr(path: str | os.PathLike, hgr: HGR, dtype: torch.dtype = torch.float16) -> None:
+    """Writes an HGR; the file appears whole or not at all."""
+    path = Path(path)
+    about = {
+        "format_version": FORMAT_VERSION,
+        "info": asdict(hgr.info),
+        "condition": asdict(hgr.condition.config) if hgr.condition else None,
+        "guidance": asdict(hgr.guidance.config) if hgr.guidance else None,
+    }
+    # Units per channel stay fp32: they may exceed fp16's range.
+    keep = ("_center", "_scale")
+    tensors = {k: (v if k.endswith(keep) else v.to(dtype)).contiguous().cpu() for k, v in hgr.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, {KEY: json.dumps(about)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
+    """Reads and validates an HGR, frozen, on the CPU; `ops` gives the layer classes (torch.nn, or ComfyUI's casting ones).
+
+    Raises HGRError, naming the file, when it does not exist, is not safetensors, is truncated, is no HGR of a format this
+    version knows, or holds wrong shapes, missing tensors or values that are not finite.
+    """
+    path = Path(path)
+    about, tensors = _read(path)
+    version = about.get("format_version")
+    if version != FORMAT_VERSION:
+        raise HGRError(f"Expected HGR format version {FORMAT_VERSION} in {path}, but got {version!r}. Update SafeCFG, or train the HGR again.")
+    try:
+        info = _info(about["info"])
+        condition = ConditionConfig(**about["condition"]) if about["condition"] else None
+        guidance = GuidanceConfig(**about["guidance"]) if about["guidance"] else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise HGRError(f"The metadata of {path} is not that of an HGR ({error}). Use a file made by SafeCFG Train HGR.") from error
+    info.validate(str(path))
+    _check_sizes(path, info, condition, guidance)
+    hgr = HGR(info, condition, guidance, ops)
+    _check_tensors(path, tensors, hgr.state_dict())
+    # fp32 while it is small: harmfulness near a threshold must not depend on the rounding of weights in use.
+    hgr.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return hgr.eval().requires_grad_(False)
+
+
+@cache
+def _hash(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file as hexadecimal digits; remembered while its size and time stay the same."""
+    stat = os.stat(path)
+    return _hash(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    if not path.is_file():
+        raise HGRError(f"There is no HGR file {path}. Put the .safetensors file into models/hgr.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if KEY not in metadata:
+                raise HGRError(f"Expected an HGR in {path}, but its metadata has no {KEY!r}: it is some other model. Use a file made by SafeCFG Train HGR.")
+            return json.loads(metadata[KEY]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise HGRError(f"{path} is not a complete safetensors file ({error}). Download or copy it again.") from error
+    except json.JSONDecodeError as error:
+        raise HGRError(f"The metadata of {path} is not JSON ({error}). Download or copy it again.") from error
+
+
+def _info(values: dict) -> HGRInfo:
+    known = {f.name for f in fields(HGRInfo)}
+    tuples = {k: tuple(v) for k, v in values.items() if k in ("categories", "condition_thresholds", "guidance_levels")}
+    rows = tuple(tuple(row) for row in values["guidance_thresholds"])
+    return HGRInfo(**{**{k: v for k, v in values.items() if k in known}, **tuples, "guidance_thresholds": rows})
+
+
+def _check_sizes(path: Path, info: HGRInfo, condition: ConditionConfig | None, guidance: GuidanceConfig | None) -> None:
+    """The networks must have the sizes that the metadata promises."""
+    pairs = [("categories", len(info.categories), c.categories) for c in (condition, guidance) if c]
+    if condition:
+        pairs += [("token width", info.token_width, condition.token_width), ("pooled width", info.pooled_width, condition.pooled_width)]
+    if guidance:
+        pairs += [("latent channels", info.latent_channels, guidance.latent_channels), ("latent dimensions", info.latent_dimensions, guidance.dimensions)]
+    for name, expected, came in pairs:
+        if expected != came:
+            raise HGRError(f"Expected {name} {expected} in {path}, but its network has {came}. The file is damaged: download it again.")
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise HGRError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]!r}. Download or copy it again.")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise HGRError(f"{path} has {len(extra)} tensors that no HGR has, the first is {extra[0]!r}. Use a file made by SafeCFG Train HGR.")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise HGRError(f"Expected {key!r} of shape {tuple(expected[key].shape)} in {path}, but got {tuple(tensor.shape)}.")
+        if not torch.isfinite(tensor).all():
+            raise HGRError(f"{key!r} in {path} holds values that are not finite (NaN or infinity). Train or download the HGR again.")

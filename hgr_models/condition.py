@@ -1,0 +1,130 @@
+"""The condition redirector: rewrites a harmful prompt's tokens so that the model itself draws the safe picture.
+
+    p           = harmfulness(tokens, pooled)            (B, K)
+    w           = strength * (p > threshold)             (B, K), a hard gate
+    D, P        = delta(tokens, pooled, w)               (B, T, D), (B, P)
+    tokens_safe = where(any_k w_k > 0, tokens + D, tokens)
+
+DESIGN.md's reading of arXiv 2412.16039; see `redirection.py` for the gate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """Sizes of a condition redirector. `pooled_width` 0 means the family has no pooled vector."""
+
+    token_width: int
+    categories: int
+    pooled_width: int = 0
+    width: int = 128
+    depth: int = 2  # layers that read the prompt
+    delta_depth: int = 2  # layers that write the delta, conditioned on the category weights
+    heads: int = 4
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer over (B, N, width); `absent` (B, 1, 1, N) is added to the attention's logits."""
+
+    def __init__(self, width: int, heads: int, ops):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.out = ops.LayerNorm(width), ops.Linear(width, 3 * width), ops.Linear(width, width)
+        self.norm2, self.up, self.down = ops.LayerNorm(width), ops.Linear(width, 2 * width), ops.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, absent: Tensor | None) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=absent).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ConditionRedirector(nn.Module):
+    """Reads a prompt's tokens of any count; tells its harmfulness per category and the delta that makes it safe.
+
+    Without absolute positions: chunks, concatenations and averages of prompts are read alike. Inputs and deltas are in
+    robust units per channel (`measure`), because outlier channels would otherwise drown the rest.
+    """
+
+    def __init__(self, config: ConditionConfig, ops=nn):
+        super().__init__()
+        self.config = c = config
+        for name, size in (("token", c.token_width), ("pooled", c.pooled_width)):
+            self.register_buffer(f"{name}_center", torch.zeros(size))
+            self.register_buffer(f"{name}_scale", torch.ones(size))
+        self.token_in = ops.Linear(c.token_width, c.width)
+        self.pooled_in = ops.Linear(c.pooled_width, c.width) if c.pooled_width else None
+        self.readers = nn.ModuleList(Layer(c.width, c.heads, ops) for _ in range(c.depth))
+        self.read_norm, self.read_head = ops.LayerNorm(c.width), ops.Linear(c.width, c.categories)
+        self.weights_in = ops.Linear(c.categories, 2 * c.width)
+        self.writers = nn.ModuleList(Layer(c.width, c.heads, ops) for _ in range(c.delta_depth))
+        self.write_norm = ops.LayerNorm(c.width)
+        self.token_out, self.erase = ops.Linear(c.width, c.token_width), ops.Linear(c.width, 1)
+        self.pooled_out = ops.Linear(c.width, c.pooled_width) if c.pooled_width else None
+        for head in (self.token_out, self.erase, self.pooled_out):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
+    @torch.no_grad()
+    def measure(self, tokens: Tensor, pooled: Tensor | None = None) -> None:
+        """Sets the units from a sample of tokens (N, T, D) and pooled (N, P): median and 1.48 median absolute deviations."""
+        for name, values in (("token", tokens.reshape(-1, tokens.shape[-1])), ("pooled", pooled)):
+            if values is not None:
+                center = values.float().median(dim=0).values
+                spread = 1.4826 * (values.float() - center).abs().median(dim=0).values
+                getattr(self, f"{name}_center").copy_(center)
+                getattr(self, f"{name}_scale").copy_(spread.clamp(min=0.05 * spread.median()))
+
+    def _read(self, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None):
+        """Features (B, N, width) of the present tokens and the pooled vector (last, if any), units z, attention bias."""
+        z = ((tokens.float() - self.token_center) / self.token_scale).clamp(-20, 20)  # fp32: deltas are small against outlier channels
+        h = self.token_in(z)
+        present = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+        if self.pooled_in is not None and pooled is not None:
+            y = ((pooled.float() - self.pooled_center) / self.pooled_scale).clamp(-20, 20)
+            h = torch.cat([h, self.pooled_in(y)[:, None]], dim=1)
+            present = F.pad(present, (0, 1), value=True)
+        absent = None if mask is None else torch.where(present, 0.0, -1e9)[:, None, None].to(h.dtype)
+        for layer in self.readers:
+            h = layer(h, absent)
+        return h, z, present, absent
+
+    def harmfulness_logits(self, tokens: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, K) float32 of `harmfulness`, for training."""
+        return self._logits(*self._read(tokens, pooled, mask)[::2])
+
+    def _logits(self, h: Tensor, present: Tensor) -> Tensor:
+        logits = self.read_head(self.read_norm(h)).float()  # (B, N, K)
+        # The strongest token decides: one harmful word must not drown in a long prompt.
+        return logits.masked_fill(~present[..., None], -30.0).amax(dim=1)
+
+    def harmfulness(self, tokens: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Harmfulness (B, K) float32 in [0, 1] of tokens (B, T, D), pooled (B, P), attention mask (B, T); all-zero tokens give 0."""
+        p = self.harmfulness_logits(tokens, pooled, mask).sigmoid()
+        return p * (tokens != 0).flatten(1).any(dim=1, keepdim=True)
+
+    def delta(
+        self, tokens: Tensor, pooled: Tensor | None, weights: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The delta (B, T, D) of the tokens and (B, P) of the pooled vector, float32, for category weights (B, K) in [0, 1].
+
+        0 where the attention mask is 0. One delta for all flagged categories together: adding one per category would leave
+        each harm half in place.
+        """
+        h, z, present, absent = self._read(tokens, pooled, mask)
+        scale, shift = self.weights_in(weights.to(h.dtype))[:, None].chunk(2, dim=-1)
+        h = h * (1 + scale) + shift
+        for layer in self.writers:
+            h = layer(h, absent)
+        h, count = self.write_norm(h), tokens.shape[1]
+        # `erase` takes a token's own content out, which also works for words that training never saw.
+        change = self.token_out(h[:, :count]) - self.erase(h[:, :count]) * z
+        delta = (change * self.token_scale * present[:, :count, None]).float()
+        if self.pooled_out is None or pooled is None:
+            return delta, None
+        return delta, (self.pooled_out(h[:, -1]) * self.pooled_scale).float()

@@ -1,0 +1,5 @@
+"""The one exception that this package raises for input it cannot use."""
+
+
+class HGRError(ValueError):
+    """Says what was expected, what came, which file, and what to do."""

@@ -1,0 +1,160 @@
+"""The guidance redirector: reads the guidance direction at every step, and turns a harmful one in latent space.
+
+    g             = cond_denoised - uncond_denoised;  n = rms(g)
+    b, q          = read(g / n, x_in, uncond_denoised, -2 ln sigma, ln n)
+    w             = strength * (b > threshold(sigma))
+    a, r          = correct(..., w)
+    cond_safe     = where(any_k w_k > 0, cond_denoised + n (r - a g / n), cond_denoised)
+
+DESIGN.md's reading of arXiv 2412.16039; see `redirection.py` for the gate. Cost is linear in the latent's pixels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
+FRAMES = 4
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Sizes of a guidance redirector; `dimensions` is 2 for pictures (B, C, H, W) and 3 for video (B, C, T, H, W)."""
+
+    latent_channels: int
+    categories: int
+    dimensions: int = 2
+    width: int = 128
+    read_depth: int = 3
+    correct_depth: int = 4
+    heads: int = 4
+
+
+class ResBlock(nn.Module):
+    """x + two normalised 3x3 convolutions, scaled and shifted by an embedding (B, embedding)."""
+
+    def __init__(self, width: int, embedding: int, ops):
+        super().__init__()
+        self.norm1, self.conv1 = ops.GroupNorm(8, width), ops.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = ops.GroupNorm(8, width), ops.Conv2d(width, width, 3, padding=1)
+        self.film = ops.Linear(embedding, 2 * width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return x + h
+
+
+class Context(nn.Module):
+    """Every place attends to a fixed number of pooled places, over all frames: linear in the number of places."""
+
+    def __init__(self, width: int, heads: int, ops):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm_pooled = ops.LayerNorm(width), ops.LayerNorm(width)
+        self.q, self.kv, self.out = ops.Linear(width, width), ops.Linear(width, 2 * width), ops.Linear(width, width)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        video = x.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, C, frames, h, w)
+        size = [min(n, m) for n, m in zip(video.shape[2:], (FRAMES, GRID, GRID), strict=True)]
+        pooled = self.norm_pooled(F.adaptive_avg_pool3d(video, size).flatten(2).transpose(1, 2))  # (B, M, C)
+        places = video.flatten(2).transpose(1, 2)  # (B, N, C)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
+        k, v = self.kv(pooled).chunk(2, dim=-1)
+        h = F.scaled_dot_product_attention(split(self.q(self.norm(places))), split(k), split(v))
+        places = places + self.out(h.transpose(1, 2).flatten(2))
+        return places.transpose(1, 2).unflatten(2, video.shape[2:]).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass
+class Reading:
+    """What `read` found: harmfulness logits of the direction (B, K) and of the picture (B, K), and features for `correct`."""
+
+    direction_logits: Tensor
+    picture_logits: Tensor
+    places: Tensor  # logits (B, K, frames, h, w) of the direction per place, for heat maps
+    features: Tensor
+    embedding: Tensor
+    size: tuple[int, int]
+    frames: int
+
+
+class GuidanceRedirector(nn.Module):
+    """Reads and corrects a guidance direction; any latent size and batch, 2-D and 3-D latents."""
+
+    def __init__(self, config: GuidanceConfig, ops=nn):
+        super().__init__()
+        self.config = c = config
+        embedding = 2 * c.width
+        self.embed = nn.Sequential(ops.Linear(64, embedding), nn.SiLU(), ops.Linear(embedding, embedding))
+        self.stem = ops.Conv2d(4 * 3 * c.latent_channels, c.width, 3, padding=1)
+        block = lambda: ResBlock(c.width, embedding, ops)  # noqa: E731
+        self.readers = nn.ModuleList(block() for _ in range(c.read_depth))
+        self.read_context, self.read_norm = Context(c.width, c.heads, ops), ops.GroupNorm(8, c.width)
+        self.read_head = ops.Conv2d(c.width, 2 * c.categories, 1)
+        self.weights_in = ops.Linear(c.categories, embedding)
+        self.correctors = nn.ModuleList(block() for _ in range(c.correct_depth))
+        self.correct_context, self.correct_norm = Context(c.width, c.heads, ops), ops.GroupNorm(8, c.width)
+        self.residual = ops.Conv2d(c.width, 4 * c.latent_channels, 3, padding=1)
+        self.attenuation = ops.Linear(c.width, 1)
+        for head in (self.residual, self.attenuation):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def _embedding(self, log_snr: Tensor, log_norm: Tensor) -> Tensor:
+        """Sinusoids of both scalars (B,) at 16 frequencies, through a small network: (B, embedding)."""
+        frequencies = 2.0 ** torch.linspace(-4, 2, 16, device=log_snr.device)
+        angles = torch.cat([log_snr[:, None] * frequencies, log_norm[:, None] * frequencies], dim=1) * (math.pi / 2)
+        return F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)))
+
+    def read(self, direction: Tensor, x_in: Tensor, uncond_denoised: Tensor, log_snr: Tensor, log_norm: Tensor) -> Reading:
+        """Reads a direction of unit rms.
+
+        direction, x_in, uncond_denoised: (B, C, *spatial) float32; log_snr = -2 ln sigma and log_norm = ln n: (B,).
+        """
+        inputs = torch.cat([direction, x_in, uncond_denoised], dim=1).clamp(-20, 20)
+        frames = inputs.shape[2] if inputs.ndim == 5 else 1
+        if inputs.ndim == 5:
+            inputs = inputs.transpose(1, 2).flatten(0, 1)  # (B * frames, 3 C, H, W): frames meet in the context
+        height, width = inputs.shape[-2:]
+        inputs = F.pad(inputs, (0, width % 2, 0, height % 2), mode="replicate")
+        embedding = self._embedding(log_snr, log_norm)
+        rows = embedding.repeat_interleave(frames, dim=0)
+        h = self.stem(F.pixel_unshuffle(inputs, 2))
+        for i, block in enumerate(self.readers):
+            h = block(h, rows)
+            if i == 0:
+                h = self.read_context(h, frames)
+        places = self.read_head(F.silu(self.read_norm(h))).float()  # (B * frames, 2 K, h, w)
+        places = places.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 2 K, frames, h, w)
+        direction_places, picture_places = places.chunk(2, dim=1)
+        return Reading(_pool(direction_places), _pool(picture_places), direction_places, h, embedding, (height, width), frames)
+
+    def correct(self, reading: Reading, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Attenuation (B, 1) in [0, 1] and residual (B, C, *spatial), float32, for category weights (B, K) in [0, 1]."""
+        frames = reading.frames
+        rows = (reading.embedding + self.weights_in(weights.to(reading.embedding.dtype))).repeat_interleave(frames, dim=0)
+        h = reading.features
+        for i, block in enumerate(self.correctors):
+            h = block(h, rows)
+            if i == 1:
+                h = self.correct_context(h, frames)
+        h = F.silu(self.correct_norm(h))
+        height, width = reading.size
+        r = F.pixel_shuffle(self.residual(h), 2)[..., :height, :width].float()
+        pooled = h.unflatten(0, (-1, frames)).mean(dim=(1, 3, 4))  # (B, C)
+        level = self.attenuation(pooled).float()
+        a = level + (level.clamp(0, 1) - level).detach()  # clamped, but a closed end still learns
+        if self.config.dimensions == 3:
+            r = r.unflatten(0, (-1, frames)).transpose(1, 2)
+        return a, r
+
+
+def _pool(places: Tensor) -> Tensor:
+    """The mean of the four strongest places: small harm in a large picture must not drown. (B, K, frames, h, w) -> (B, K)."""
+    flat = places.flatten(2)
+    return flat.topk(min(4, flat.shape[2]), dim=2).values.mean(dim=2)

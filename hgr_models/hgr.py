@@ -1,0 +1,69 @@
+"""The Harmful Guidance Redirector: two networks and what is known about the model they belong to."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .condition import ConditionConfig, ConditionRedirector
+from .errors import HGRError
+from .guidance import GuidanceConfig, GuidanceRedirector
+from .redirection import log_snr_of
+
+
+@dataclass(frozen=True)
+class HGRInfo:
+    """What an HGR is for; stored as metadata of its checkpoint. Thresholds are harmfulness in [0, 1]."""
+
+    categories: tuple[str, ...]  # K names, in the order of every (B, K) tensor
+    condition_thresholds: tuple[float, ...]  # (K,)
+    guidance_levels: tuple[float, ...]  # ascending values of -2 ln sigma that part L noise levels; L - 1 of them
+    guidance_thresholds: tuple[tuple[float, ...], ...]  # (L, K)
+    latent_format: str  # class name of core's latent format, e.g. SD15
+    latent_channels: int
+    latent_dimensions: int  # 2: pictures, 3: video
+    prediction: str  # EPS, V or FLOW
+    token_width: int
+    pooled_width: int  # 0: the family has no pooled vector
+    base: str = ""  # hash of the base model
+    concept_prompts: dict[str, str] = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+    def validate(self, file: str = "this HGR") -> None:
+        """Raises HGRError when the fields contradict each other."""
+        k, levels = len(self.categories), len(self.guidance_levels) + 1
+        if k == 0 or len(set(self.categories)) != k or not all(isinstance(c, str) and c.strip() for c in self.categories):
+            raise HGRError(f"Expected distinct, non-empty category names in {file}, but got {list(self.categories)}. Train it again.")
+        if len(self.condition_thresholds) != k:
+            raise HGRError(f"Expected {k} condition thresholds in {file}, but got {len(self.condition_thresholds)}.")
+        if len(self.guidance_thresholds) != levels or any(len(row) != k for row in self.guidance_thresholds):
+            raise HGRError(f"Expected {levels} x {k} guidance thresholds in {file}, but got {self.guidance_thresholds}.")
+        values = [*self.condition_thresholds, *(t for row in self.guidance_thresholds for t in row)]
+        if not all(0 <= t <= 1 for t in values):
+            raise HGRError(f"Expected thresholds from 0 to 1 in {file}, but got {values}. Calibrate it again.")
+        if self.latent_dimensions not in (2, 3):
+            raise HGRError(f"Expected latent_dimensions 2 or 3 in {file}, but got {self.latent_dimensions}.")
+
+
+class HGR(nn.Module):
+    """Both redirectors with their thresholds as buffers, so that they move with the weights. Either network may be absent."""
+
+    def __init__(self, info: HGRInfo, condition: ConditionConfig | None, guidance: GuidanceConfig | None, ops=nn):
+        super().__init__()
+        info.validate()
+        if condition is None and guidance is None:
+            raise HGRError("Expected a condition redirector, a guidance redirector or both, but got neither.")
+        self.condition = ConditionRedirector(condition, ops) if condition else None
+        self.guidance = GuidanceRedirector(guidance, ops) if guidance else None
+        self.calibrate(info)
+
+    def calibrate(self, info: HGRInfo) -> None:
+        """Takes over other thresholds (and whatever else `info` says)."""
+        info.validate()
+        self.info = info
+        for name in ("condition_thresholds", "guidance_thresholds", "guidance_levels"):
+            self.register_buffer(name, torch.tensor(getattr(info, name), dtype=torch.float32), persistent=False)
+
+    def guidance_thresholds_at(self, sigma: Tensor) -> Tensor:
+        """Thresholds (B, K) of the guidance redirector at noise levels sigma (B,)."""
+        return self.guidance_thresholds[torch.bucketize(log_snr_of(sigma), self.guidance_levels)]

@@ -1,0 +1,155 @@
+"""The equations: hard gates and redirections that leave unflagged samples untouched to the last bit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import HGRError
+
+RMS_FLOOR = 1e-6  # of the guidance; below it there is nothing to redirect
+SIGMA_FLOOR = 1e-4  # core can call a model at sigma 0
+
+
+@dataclass(frozen=True)
+class CategorySettings:
+    """What the user asked for: `strengths` (K,) in [0, 1], 0 = off; `threshold_offset` is added to every threshold."""
+
+    strengths: tuple[float, ...]
+    threshold_offset: float = 0.0
+
+
+@dataclass
+class ConditionResult:
+    """Tokens (B, T, D) and pooled (B, P) after redirection, harmfulness (B, K) and category weights (B, K)."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    harmfulness: Tensor
+    weights: Tensor
+
+
+@dataclass
+class GuidanceResult:
+    """`cond_denoised` (B, C, *spatial) after redirection, harmfulness of the direction (B, K) and category weights (B, K)."""
+
+    cond_denoised: Tensor
+    harmfulness: Tensor
+    weights: Tensor
+
+
+def parse_categories(text: str, categories: Sequence[str], strength: float = 1.0) -> tuple[float, ...]:
+    """Strengths (K,) from a text such as `sexual = 1, hate = 0.5, violence = off`; categories not named keep `strength`.
+
+    Commas, semicolons and new lines separate; `on` is 1 and `off` 0. Every value is multiplied by `strength`.
+    Raises HGRError for an unknown category, a category named twice, or a value outside [0, 1].
+    """
+    values = dict.fromkeys(categories, 1.0)
+    named = set()
+    for entry in text.replace(";", ",").replace("\n", ",").split(","):
+        if not entry.strip():
+            continue
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if name not in values:
+            raise HGRError(f"Unknown category {name!r} in {text!r}: this HGR has {', '.join(categories)}.")
+        if name in named:
+            raise HGRError(f"Category {name!r} is named twice in {text!r}; name it once.")
+        named.add(name)
+        values[name] = _strength(value if equals else "1", name)
+    return tuple(values[c] * strength for c in categories)
+
+
+def _strength(value: str, name: str) -> float:
+    words = {"on": 1.0, "off": 0.0}
+    try:
+        number = words.get(value.lower(), None)
+        number = float(value) if number is None else number
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= 1:
+        raise HGRError(f"Expected `{name} = ` on, off or a number from 0 to 1, but got {value!r}.")
+    return number
+
+
+@lru_cache(maxsize=64)
+def _strengths(settings: CategorySettings, device: torch.device) -> Tensor:
+    return torch.tensor(settings.strengths, device=device)  # cached: a copy to the GPU in every step would wait for it
+
+
+def category_weights(harmfulness: Tensor, thresholds: Tensor, settings: CategorySettings) -> Tensor:
+    """w = strength * (harmfulness > threshold): exactly 0 at and below the threshold. All (B, K); thresholds (K,) or (B, K)."""
+    limit = (thresholds + settings.threshold_offset).clamp(0, 1)
+    return _strengths(settings, harmfulness.device) * (harmfulness > limit)
+
+
+def _rows(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (like.ndim - 1))
+
+
+@torch.no_grad()
+def redirect_condition(
+    hgr, tokens: Tensor, pooled: Tensor | None, settings: CategorySettings, mask: Tensor | None = None
+) -> ConditionResult:
+    """tokens_safe = where(any_k w_k > 0, tokens + D, tokens), per sample; pooled likewise.
+
+    tokens (B, T, D), pooled (B, P) or None, attention mask (B, T) or None, any floating dtype, which is kept.
+    """
+    network = hgr.condition
+    p = network.harmfulness(tokens, pooled, mask)
+    weights = category_weights(p, hgr.condition_thresholds, settings)
+    flagged = (weights > 0).any(dim=1)
+    d_tokens, d_pooled = network.delta(tokens, pooled, weights, mask)
+    safe = torch.where(_rows(flagged, tokens), tokens + d_tokens.to(tokens.dtype), tokens)
+    if pooled is not None and d_pooled is not None:
+        pooled = torch.where(_rows(flagged, pooled), pooled + d_pooled.to(pooled.dtype), pooled)
+    return ConditionResult(safe, pooled, p, weights)
+
+
+def guidance_units(cond_denoised: Tensor, uncond_denoised: Tensor) -> tuple[Tensor, Tensor]:
+    """Direction of unit rms (B, C, *spatial) and its floored rms n (B,), float32."""
+    g = cond_denoised.float() - uncond_denoised.float()  # fp32: a small difference of two large tensors
+    n = g.flatten(1).square().mean(dim=1).sqrt().clamp(min=RMS_FLOOR)
+    return g / _rows(n, g), n
+
+
+def log_snr_of(sigma: Tensor) -> Tensor:
+    """-2 ln sigma (B,), with sigma floored."""
+    return -2 * sigma.float().clamp(min=SIGMA_FLOOR).log()
+
+
+def read_guidance(network, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, sigma: Tensor):
+    """The direction g / n, its rms n and the network's reading of it."""
+    direction, n = guidance_units(cond_denoised, uncond_denoised)
+    reading = network.read(direction, x_in.float(), uncond_denoised.float(), log_snr_of(sigma), n.log())
+    return direction, n, reading
+
+
+@torch.no_grad()
+def redirect_guidance(
+    hgr,
+    cond_denoised: Tensor,
+    uncond_denoised: Tensor,
+    x_in: Tensor,
+    sigma: Tensor,
+    settings: CategorySettings,
+    flagged: Tensor | None = None,
+) -> GuidanceResult:
+    """cond_safe = where(any_k w_k > 0, cond_denoised + n (r - a g / n), cond_denoised), per sample.
+
+    cond_denoised, uncond_denoised, x_in (core's `calculate_input`): (B, C, *spatial), any floating dtype, which is kept;
+    sigma (B,). `flagged` (B, K): category weights of earlier steps that stay in force. Where g = 0 there is nothing to
+    redirect: harmfulness 0.
+    """
+    direction, n, reading = read_guidance(hgr.guidance, cond_denoised, uncond_denoised, x_in, sigma)
+    something = (n > RMS_FLOOR)[:, None]
+    b = reading.direction_logits.sigmoid() * something
+    weights = category_weights(b, hgr.guidance_thresholds_at(sigma), settings)
+    if flagged is not None:
+        weights = torch.maximum(weights, flagged.to(weights.dtype)) * something
+    a, r = hgr.guidance.correct(reading, weights)
+    change = _rows(n, r) * (r - _rows(a, r) * direction)
+    active = _rows((weights > 0).any(dim=1), r)
+    safe = torch.where(active, cond_denoised + change.to(cond_denoised.dtype), cond_denoised)
+    return GuidanceResult(safe, b, weights)
