@@ -56,8 +56,11 @@ def inner_run(host, request, tmp_path_factory) -> InnerRun:
 def test_in_host(inner, inner_run, record_property):
     results = inner_run.of(inner)
     if not results:
-        pytest.fail(f"no test of {inner} ran, exit status {inner_run.returncode}:\n{inner_run.log[-6000:]}", pytrace=False)
+        print(inner_run.log[-6000:])
+        pytest.fail(f"no test of {inner} ran, exit status {inner_run.returncode}", pytrace=False)
     record_property("inner", dict(Counter(name for name, _ in results.values())))
     bad = {test: text for test, (name, text) in results.items() if name in ("failed", "error")}
+    for test, text in bad.items():
+        print(f"____ {inner}::{test} ____\n{text}")
     if bad:
-        pytest.fail("\n".join(f"____ {inner}::{test} ____\n{text}" for test, text in bad.items()), pytrace=False)
+        pytest.fail(f"{len(bad)} of {len(results)} failed: {', '.join(bad)}", pytrace=False)
