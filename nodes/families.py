@@ -1,0 +1,146 @@
+"""What differs between model families: how a model is named, and which keys of a condition carry text."""
+
+from dataclasses import dataclass
+
+import comfy.model_sampling
+from torch import Tensor
+
+from .. import hgr_models
+
+# Core's prediction classes, subclasses before their bases; some hosts lack some. The second name is a checkpoint's.
+PREDICTIONS = (
+    ("IMG_TO_IMG_FLOW", "IMG_TO_IMG_FLOW"),
+    ("IMG_TO_IMG", "IMG_TO_IMG"),
+    ("X0", "X0"),
+    ("EDM", "EDM"),
+    ("V_PREDICTION_DDPM", "V_DDPM"),
+    ("V_PREDICTION", "V"),
+    ("COSMOS_RFLOW", "COSMOS_FLOW"),
+    ("CONST", "FLOW"),
+    ("EPS", "EPS"),
+)
+
+# Keys of a condition that hold text which the condition redirector rewrites, in every family that has nothing more.
+TOKENS, POOLED, MASK = "cross_attn", "pooled_output", "attention_mask"
+
+# Keys that hold more text, and whose. A prompt that has one is not fully redirected: that is noticed.
+OTHER_TEXT = {
+    "conditioning_llama3": "HiDream's Llama embeddings",
+    "conditioning_mt5xl": "HunyuanDiT's mT5 embeddings",
+    "conditioning_byt5small": "Hunyuan's ByT5 embeddings",
+    "conditioning_lyrics": "ACE-Step's lyrics",
+    "cross_attn_controlnet": "the text a ControlNet reads",
+    "deepstack": "Qwen's deep-stack embeddings",
+    "deepstack_embeds": "Qwen's deep-stack embeddings",
+    "gligen": "GLIGEN's boxes",
+    "reference_latents_text_embeds": "the text of reference pictures",
+    "sam3_multi_cond": "SAM3's prompts",
+    "t5xxl_ids": "Anima's T5 token ids",
+    "text_input_ids": "raw token ids",
+    "unprocessed_ltxav_embeds": "LTX's audio-video embeddings",
+}
+
+# Keys that hold no text: places, times, sizes, pictures (the guidance redirector sees what those do).
+NO_TEXT = frozenset(
+    """
+    aesthetic_score area aspect_ratio attention_mask_img_shape attention_mask_mt5xl audio_codes audio_embed audio_inject_scale
+    augmentation_level azimuth camera_conditions clip_end_percent clip_start_percent clip_vision_output clip_vision_output_ref
+    clip_vision_outputs concat_image concat_latent_image concat_mask concat_mask_index context_latents control
+    control_apply_to_uncond control_video crop_h crop_w default degrade_sigma driving_mask_28ch elevation end_percent
+    face_video_pixels fps frame_rate grid guidance guide_attention_entries guiding_frame_index height hooks keyframe_idxs
+    lq_latent lyrics_strength mask mask_strength model_conds motion_bucket_id noise_augmentation noise_concat
+    num_layers_stacked ofs pose_video_latent prompt_type ref_audio ref_latent ref_mask_28ch ref_mask_flag
+    reference_audio_timbre_latents reference_latents reference_latents_method reference_motion seconds_start seconds_total
+    set_area_to_bounds stable_cascade_prior start_percent strength t5xxl_weights target_height target_width time_dim_concat
+    time_dim_replace timestep_end timestep_start unclip_conditioning unclip_noise_augment_merge uuid vace_frames vace_mask
+    vace_strength visual_pos_masks width additional_models
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A condition's text: tokens (B, T, D), pooled (B, P) or None, mask (B, T) or None."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+
+
+def prediction_of(model_sampling) -> str:
+    """The checkpoint's name for what a model predicts."""
+    for name, ours in PREDICTIONS:
+        kind = getattr(comfy.model_sampling, name, None)
+        if kind is not None and isinstance(model_sampling, kind):
+            return ours
+    return type(model_sampling).__name__
+
+
+def _describe(latent_format: str, channels: int, dimensions: int, prediction: str) -> str:
+    return f"{latent_format} latents ({channels} channels, {dimensions}-D) with {prediction} prediction"
+
+
+def family_of_model(model) -> str:
+    """The family of a MODEL in words, from its own facts (a node may have patched its sampling or its latent format)."""
+    latent = model.get_model_object("latent_format")
+    prediction = prediction_of(model.get_model_object("model_sampling"))
+    return _describe(type(latent).__name__, latent.latent_channels, getattr(latent, "latent_dimensions", 2), prediction)
+
+
+def family_of_hgr(info: hgr_models.HGRInfo) -> str:
+    """The family that a checkpoint was trained for, in the same words."""
+    return _describe(info.latent_format, info.latent_channels, info.latent_dimensions, info.prediction)
+
+
+def check_family(model, info: hgr_models.HGRInfo) -> None:
+    """Raises HGRError when a checkpoint does not fit a MODEL."""
+    wanted, found = family_of_hgr(info), family_of_model(model)
+    if wanted != found:
+        raise hgr_models.HGRError(
+            f"This HGR was trained for a model of {wanted}, but this model has {found}. "
+            "Load an HGR that was trained for this model, or train one."
+        )
+
+
+def read_text(condition: dict, info: hgr_models.HGRInfo) -> tuple[Text | None, list[str]]:
+    """A condition's text (None: it has none), and what in it cannot be redirected, in words.
+
+    Raises HGRError when the widths are another family's.
+    """
+    problems = [f"{OTHER_TEXT[key]} ({key})" for key in sorted(condition.keys() & OTHER_TEXT.keys())]
+    unknown = condition.keys() - OTHER_TEXT.keys() - NO_TEXT - {TOKENS, POOLED, MASK}
+    problems += [f"the unknown key {key!r}" for key in sorted(map(str, unknown)) if _holds_tensors(condition.get(key))]
+    tokens, pooled, mask = (condition.get(key) for key in (TOKENS, POOLED, MASK))
+    if tokens is None:
+        return None, problems + (["a pooled vector without tokens"] if pooled is not None and info.pooled_width else [])
+    if tokens.ndim != 3:
+        return None, [*problems, f"tokens of shape {tuple(tokens.shape)}"]
+    pooled = _check_widths(tokens, pooled, info)
+    if mask is not None:
+        mask = mask.reshape(-1, mask.shape[-1]) if mask.ndim else None
+        if mask is None or mask.shape[1] != tokens.shape[1] or mask.shape[0] not in (1, tokens.shape[0]):
+            problems.append("an attention mask that does not fit the tokens")
+            mask = None
+        else:
+            mask = mask.expand(tokens.shape[0], -1)
+    return Text(tokens, pooled, mask), problems
+
+
+def _check_widths(tokens: Tensor, pooled: Tensor | None, info: hgr_models.HGRInfo) -> Tensor | None:
+    """The pooled vector that the checkpoint wants (None: it wants none); raises HGRError for another family's widths."""
+    width = 0 if pooled is None else pooled.shape[-1]
+    if tokens.shape[-1] != info.token_width or (info.pooled_width and width != info.pooled_width):
+        raise hgr_models.HGRError(
+            f"This HGR was trained for prompts of token width {info.token_width} and pooled width {info.pooled_width or 'none'} "
+            f"({family_of_hgr(info)}), but this prompt has token width {tokens.shape[-1]} and pooled width {width or 'none'}. "
+            "Load an HGR that was trained for this model, or connect the CLIP that belongs to the model."
+        )
+    return pooled if info.pooled_width else None
+
+
+def _holds_tensors(value) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor)

@@ -1,0 +1,108 @@
+"""`SafeCFG Load HGR`: a checkpoint file becomes networks that ComfyUI's model management owns."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import folder_paths
+from comfy_api.latest import io
+
+from .. import hgr_models
+from .schema import HGR_TYPE, make_input, make_schema
+
+FOLDER = "hgr"
+SHIPPED = Path(hgr_models.__file__).parent / "weights"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)  # identity: the cache below holds it weakly
+class HGRModel:
+    """What an `HGR_MODEL` socket carries: `patcher.model` is the `hgr_models.HGR`."""
+
+    patcher: comfy.model_patcher.ModelPatcher
+    info: hgr_models.HGRInfo
+    path: str
+    hash: str
+
+
+_loaded: WeakValueDictionary[str, HGRModel] = WeakValueDictionary()  # by file hash; alive as long as a graph uses it
+
+
+def register_folder() -> None:
+    """Registers `models/hgr` (and the shipped checkpoints) with ComfyUI: safetensors only, never pickle."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
+    folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
+    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.get_folder_paths(FOLDER), {".safetensors"})
+
+
+def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.model_patcher.ModelPatcher:
+    """Core's own patcher for a module; looked up at every call, because a host with dynamic VRAM replaces it at its start."""
+    plain = comfy.model_patcher.ModelPatcher
+    patcher = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+    return patcher(module, **devices)
+
+
+def load_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The networks of a file in a patcher of their own; core calls it again for a copy on another GPU."""
+    hgr = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast)
+    hgr.eval().requires_grad_(False)
+    patcher = core_patcher(
+        hgr,
+        disable_dynamic,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (load_patcher, (path,))
+    return patcher
+
+
+def load_hgr_model(path: str) -> HGRModel:
+    """The HGR of a file; two loads of the same bytes share their weights.
+
+    Raises `hgr_models.HGRError` for a file that is missing, damaged, or not a checkpoint of this version.
+    """
+    digest = hgr_models.file_hash(path)
+    if (found := _loaded.get(digest)) is None:
+        patcher = load_patcher(path)
+        found = _loaded[digest] = HGRModel(patcher, patcher.model.info, path, digest)
+        logger.info("SafeCFG: loaded %s (%s)", os.path.basename(path), ", ".join(found.info.categories))
+    return found
+
+
+class LoadHGR(io.ComfyNode):
+    """Reads a checkpoint from `models/hgr` or from those shipped with the pack."""
+
+    @classmethod
+    def define_schema(cls):
+        register_folder()  # the list below needs it, and not every host calls on_load first
+        return make_schema(
+            node_id="SafeCFG_LoadHGR",
+            display_name="SafeCFG Load HGR",
+            description="Loads a Harmful Guidance Redirector (HGR): two small networks that recognise harmful guidance and turn it "
+            "into the safe version of the same prompt. Files come from models/hgr; the demo's HGR ships with the pack.",
+            search_aliases=["safety", "nsfw filter", "safe guidance", "redirector"],
+            inputs=[
+                make_input(
+                    io.Combo,
+                    "hgr_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A .safetensors file in models/hgr. It fits one family of models: SafeCFG Apply refuses any other. "
+                    "demo.safetensors belongs to SafeCFG Demo Model.",
+                )
+            ],
+            outputs=[HGR_TYPE.Output(display_name="hgr", tooltip="The loaded redirector, for SafeCFG Apply.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, hgr_name):
+        return hgr_models.file_hash(folder_paths.get_full_path_or_raise(FOLDER, hgr_name))
+
+    @classmethod
+    def execute(cls, hgr_name):
+        return io.NodeOutput(load_hgr_model(folder_paths.get_full_path_or_raise(FOLDER, hgr_name)))

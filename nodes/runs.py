@@ -1,0 +1,186 @@
+"""The state of one sampling run: it travels in the run's own `model_options`, so nothing outlives the run.
+
+Hooks and wrappers are plain functions that close over `ApplySettings` only (0.3.64 deep-copies `model_options`).
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import hgr_models
+
+KEY = "safecfg"  # of wrappers, additional models and the run in model_options
+NEGATIVE_ROLES = ("negative", "empty_negative_prompt")  # every other role of a guider's conditions is a prompt to draw
+PROBES = (0.0, 0.15, 0.4)  # where in a run the guidance redirector looks at a model that core samples without a negative
+
+logger = logging.getLogger(__name__)
+
+
+class SafeCFGError(RuntimeError):
+    """Raised in strict mode when something cannot be redirected; the model stays usable."""
+
+
+@dataclass(frozen=True)
+class ApplySettings:
+    """What a `SafeCFG Apply` node was asked for, and what its HGR is for. No tensors: closures hold it."""
+
+    info: hgr_models.HGRInfo
+    categories: hgr_models.CategorySettings
+    redirect: str = "both"  # condition, guidance or both
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    strict: bool = False
+    remember_flagged: bool = False
+
+    @property
+    def by_condition(self) -> bool:
+        return self.redirect in ("both", "condition")
+
+    @property
+    def by_guidance(self) -> bool:
+        return self.redirect in ("both", "guidance")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Noise levels at which SafeCFG acts: `low < sigma <= high`, both exactly representable in float32, as sigmas are."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, model_sampling, start_percent: float, end_percent: float) -> "Window":
+        """The window of a part of the schedule; open ends reach any sigma, sigma 0 included."""
+        high = float("inf") if start_percent <= 0 else _float32(model_sampling.percent_to_sigma(start_percent))
+        low = -1.0 if end_percent >= 1 else _float32(model_sampling.percent_to_sigma(end_percent))
+        return cls(low, high)
+
+    @property
+    def full(self) -> bool:
+        return self.low < 0 and self.high == float("inf")
+
+    def contains(self, sigma: Tensor) -> bool:
+        """Whether a sampler's noise level (any shape, equal values) lies inside; reads the host's copy only when it must."""
+        return self.full or self.low < float(sigma.flatten()[0]) <= self.high
+
+
+def _float32(value) -> float:
+    return float(np.float32(float(value)))
+
+
+def is_active(conditions: list[dict] | None, sigma: Tensor) -> bool:
+    """Whether core evaluates any of these conditions at a noise level; of the others its output is zeros."""
+    if not conditions:
+        return False
+    bounds = [(c.get("timestep_start"), c.get("timestep_end")) for c in conditions]
+    if any(start is None and end is None for start, end in bounds):
+        return True
+    now = float(sigma.flatten()[0])  # core reads it too where a condition has bounds
+    return any((start is None or now <= _float32(start)) and (end is None or now >= _float32(end)) for start, end in bounds)
+
+
+class LaggedFlag:
+    """A boolean of the GPU, read one step later, so that the host does not wait for the step that computes it."""
+
+    def __init__(self):
+        self._value: Tensor | None = None
+        self._event = None
+
+    def put(self, flag: Tensor) -> None:
+        self._value, self._event = flag, None
+        if flag.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def take(self) -> bool:
+        """The flag last put (False: none), and forgets it."""
+        value, self._value = self._value, None
+        if value is None:
+            return False
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(value)
+
+
+@dataclass(eq=False)
+class Run:
+    """One sampling run. Evaluation: one call of the model with all its conditions."""
+
+    settings: ApplySettings
+    guider: object = None
+    window: Window = Window(-1.0, float("inf"))
+    steps: int = 1  # inside the window
+    probes: int = 0  # evaluations inside the window that came without a negative
+    probing: bool = False  # the next redirection is of a direction that a probe gave
+    flagged_probe: LaggedFlag = field(default_factory=LaggedFlag)
+    flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
+    saw_conditions: bool = False
+    split_roles: list[tuple[str, object]] = field(default_factory=list)  # (role, uuid) of conditions to split by time
+    evaluated: bool = False  # this evaluation: the model ran
+    handled: bool = False  # this evaluation: a hook saw the guidance
+    handled_input: Tensor | None = None
+    input: Tensor | None = None
+    noticed: set[str] = field(default_factory=set)
+
+    @property
+    def guider_name(self) -> str:
+        return type(self.guider).__name__ if self.guider is not None else "This sampler"
+
+    @property
+    def is_dual(self) -> bool:
+        """DualCFGGuider: two directions, of which no CFG hook sees the second."""
+        return hasattr(self.guider, "cfg2") and "middle" in getattr(self.guider, "conds", {})
+
+    def notice(self, message: str) -> None:
+        """Warns once in this run; in strict mode raises SafeCFGError."""
+        if self.settings.strict:
+            raise SafeCFGError(f"SafeCFG (strict): {message}")
+        if message not in self.noticed:
+            self.noticed.add(message)
+            logger.warning("SafeCFG: %s", message)
+
+    def begin(self, x: Tensor) -> None:
+        """A new evaluation of the latent x."""
+        self.evaluated = self.handled = False
+        self.input, self.handled_input = x, None
+
+    def end(self) -> None:
+        self.input = self.handled_input = None
+
+    def mark_handled(self, x: Tensor) -> None:
+        self.handled, self.handled_input = True, x
+
+    def negative(self, base: str = "negative") -> list[dict] | None:
+        """The guider's own negative (already encoded for the model), for probing."""
+        conds = getattr(self.guider, "conds", {})
+        return conds.get(base) or conds.get("negative") or None
+
+    def probe_due(self) -> bool:
+        """Counts an evaluation without a negative; True at the probes, and as long as the last one was flagged."""
+        due = {int(part * self.steps) for part in PROBES}
+        self.probes += 1
+        return self.flagged_probe.take() or self.probes - 1 in due
+
+    def clear(self) -> None:
+        """Lets go of everything that belongs to the run."""
+        self.guider = None
+        self.flagged.clear()
+        self.split_roles.clear()
+        self.flagged_probe = LaggedFlag()
+        self.end()
+
+
+def run_of(model_options: dict | None) -> Run | None:
+    """The run that these model options belong to; None outside a run that SafeCFG follows."""
+    return (model_options or {}).get(KEY)
+
+
+def patcher_of(model_patcher):
+    """The HGR's patcher that a MODEL carries (a copy on another GPU carries its own); None when another node removed it."""
+    models = model_patcher.get_additional_models_with_key(KEY) if model_patcher is not None else []
+    return models[0] if models else None

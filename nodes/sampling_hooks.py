@@ -1,0 +1,109 @@
+"""Wrappers around a whole sampling run: repair, strictness, the condition redirector, and a clean end."""
+
+import logging
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from . import conditions, guidance_hooks
+from .families import check_family
+from .runs import KEY, NEGATIVE_ROLES, ApplySettings, Run, Window, patcher_of, run_of
+
+PRE_CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_post_cfg_function"
+
+logger = logging.getLogger(__name__)
+
+
+def put_hooks(model_options: dict, hooks: dict) -> None:
+    """Makes our hooks the first of their lists, once, whatever another node made of the lists; {} removes them."""
+    for name in (PRE_CFG, POST_CFG):
+        others = model_options.get(name, [])
+        others = list(others) if isinstance(others, (list, tuple)) else [others]
+        ours = [hooks[name]] if name in hooks else []
+        model_options[name] = ours + [f for f in others if not getattr(f, "_safecfg", False)]
+
+
+def make_hooks(settings: ApplySettings) -> dict:
+    """Our CFG hooks by list, tagged so that they can be found again."""
+    if not settings.by_guidance:
+        return {}
+    hooks = {PRE_CFG: guidance_hooks.make_pre_cfg(settings), POST_CFG: guidance_hooks.make_post_cfg(settings)}
+    for hook in hooks.values():
+        hook._safecfg = True
+    return hooks
+
+
+def make_wrappers(settings: ApplySettings) -> dict:
+    """Our wrappers by core's name for their place."""
+    return {
+        WrappersMP.OUTER_SAMPLE: make_outer_sample(settings),
+        WrappersMP.PREPARE_SAMPLING: prepare_sampling,
+        WrappersMP.SAMPLER_SAMPLE: sampler_sample,
+        WrappersMP.PREDICT_NOISE: guidance_hooks.predict_noise,
+        WrappersMP.CALC_COND_BATCH: guidance_hooks.calc_cond_batch,
+    }
+
+
+def make_outer_sample(settings: ApplySettings):
+    """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
+
+    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider, options = executor.class_obj, executor.class_obj.model_options
+        if _is_training(sampler):
+            put_hooks(options, {})
+            logger.warning("SafeCFG: not applied while training: a LoRA learns from the model as it is.")
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        check_family(guider.model_patcher, settings.info)  # a node after Apply may have patched the sampling
+        put_hooks(options, make_hooks(settings))
+        run = options[KEY] = _start_run(settings, guider, sigmas)
+        try:
+            _notice_missing_negative(run)
+            output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            if not torch.isfinite(output).all():
+                run.notice("the latents of this run are not finite (NaN or infinity); do not use the picture.")
+            return output
+        finally:
+            options.pop(KEY, None)
+            run.clear()
+
+    return outer_sample
+
+
+def _start_run(settings: ApplySettings, guider, sigmas) -> Run:
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    window = Window.of(sampling, settings.start_percent, settings.end_percent)
+    steps = sum(map(window.contains, sigmas[:-1].cpu()))
+    return Run(settings, guider, window, max(1, steps))
+
+
+def _notice_missing_negative(run: Run) -> None:
+    conds = getattr(run.guider, "conds", {})
+    if run.settings.by_guidance and not any(conds.get(role) for role in NEGATIVE_ROLES):
+        run.notice(
+            f"{run.guider_name} has no negative prompt, so there is no guidance to look at: the guidance redirector cannot run. "
+            "Use CFGGuider with cfg 1, or set `redirect` to condition."
+        )
+
+
+def _is_training(sampler) -> bool:
+    return bool(getattr(comfy.model_management, "in_training", False)) or type(sampler).__name__ == "TrainSampler"
+
+
+def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
+    """PREPARE_SAMPLING wrapper: rewrites the run's conditions as soon as the HGR is loaded with the model."""
+    real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
+    run = run_of(kwargs.get("model_options") or (args[0] if args else None))
+    if run is not None and run.settings.by_condition:
+        if (patcher := patcher_of(model)) is None:
+            run.notice(f"{run.guider_name}: another node removed the HGR from the model; its prompts are not redirected.")
+        else:
+            conds = conditions.redirect_conditions(run, patcher, conds)
+    return real_model, conds, models
+
+
+def sampler_sample(executor, guider, *args, **kwargs):
+    """SAMPLER_SAMPLE wrapper: here the conditions are encoded, and those that act for a part of the run are split."""
+    if (run := run_of(guider.model_options)) is not None and run.split_roles:
+        conditions.split_by_time(run, guider.conds)
+    return executor(guider, *args, **kwargs)
