@@ -48,7 +48,8 @@ def demo_unet(disable_dynamic: bool = False):
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=offload_device)
     model.eval().requires_grad_(False)
     patcher = core_patcher(model, disable_dynamic, load_device=load_device, offload_device=offload_device)
-    model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=patcher.is_dynamic())
+    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()  # then core wants the tensors themselves, not copies
+    model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=dynamic)
     patcher.cached_patcher_init = (demo_unet, ())
     return patcher
 
