@@ -24,7 +24,9 @@ def save_weights(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (float32) and the `about` metadata of a file of this demo."""
     if not path.is_file():
-        raise FileNotFoundError(f"The demo's weights {path} are missing. Clone the repository again, or run `python -m demo.train`.")
+        raise FileNotFoundError(
+            f"The demo's weights {path} are missing. Clone the repository again, or run `python -m demo.train`."
+        )
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -36,7 +38,9 @@ def load_module(module: nn.Module, name: str) -> dict:
     tensors, about = load_weights(WEIGHTS / f"{name}.safetensors")
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     if unexpected or [k for k in missing if k != "vectors"]:  # the text encoder's word vectors have a file of their own
-        raise ValueError(f"The demo's weights {name}.safetensors do not fit this version: missing {missing}, unexpected {unexpected}.")
+        raise ValueError(
+            f"The demo's weights {name}.safetensors do not fit this version: missing {missing}, unexpected {unexpected}."
+        )
     module.eval().requires_grad_(False)
     return about
 

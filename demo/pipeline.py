@@ -46,7 +46,9 @@ class DemoModel:
         ids = self.vocabulary.ids()
         rows = [chunks(tokenize(prompt, ids)) for prompt in prompts]
         if len({len(r) for r in rows}) > 1:
-            raise ValueError("Expected prompts of the same number of 16-token chunks in one batch; encode longer prompts on their own.")
+            raise ValueError(
+                "Expected prompts of the same number of 16-token chunks in one batch; encode longer prompts on their own."
+            )
         flat = torch.tensor([c for r in rows for c in r], device=self.device)
         return self.text_encoder(flat).reshape(len(rows), -1, self.unet.config.context_dim)
 

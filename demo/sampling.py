@@ -10,19 +10,21 @@ from torch import Tensor
 
 
 def training_sigmas() -> Tensor:
-    """Noise levels (1000,) of Stable Diffusion's schedule, ascending, float32."""
+    """Noise levels (1000,) of Stable Diffusion's schedule, ascending, float64."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
-SIGMAS = training_sigmas()
+SIGMAS = training_sigmas().float()
+# As in core, the logarithm is taken before rounding: a schedule has noise levels half-way between two timesteps, and there
+# the last bit decides which of them the model is told.
+LOG_SIGMAS = training_sigmas().log().float()
 
 
 def timestep_of(sigma: Tensor) -> Tensor:
     """The nearest timestep (B,) in [0, 999], float32, of noise levels (B,)."""
-    log_sigmas = SIGMAS.log().to(sigma.device)
-    return (sigma.log()[:, None] - log_sigmas).abs().argmin(dim=1).float()
+    return (sigma.log()[:, None] - LOG_SIGMAS.to(sigma.device)).abs().argmin(dim=1).float()
 
 
 def sigma_of(timestep: Tensor) -> Tensor:
@@ -30,8 +32,7 @@ def sigma_of(timestep: Tensor) -> Tensor:
     low = timestep.floor().long().clamp(0, 999)
     high = timestep.ceil().long().clamp(0, 999)
     fraction = timestep.frac()
-    log_sigmas = SIGMAS.log()
-    return ((1 - fraction) * log_sigmas[low] + fraction * log_sigmas[high]).exp()
+    return ((1 - fraction) * LOG_SIGMAS[low] + fraction * LOG_SIGMAS[high]).exp()
 
 
 def normal_schedule(steps: int) -> Tensor:

@@ -9,7 +9,7 @@ import importlib
 
 import torch
 
-STEPS = {"words": 0, "autoencoder": 2000, "judge": 1500, "diffusion": 6000}
+STEPS = {"words": 0, "autoencoder": 2000, "judge": 1500, "diffusion": 6000, "hgr": 2800}
 PARTS = tuple(STEPS)
 
 

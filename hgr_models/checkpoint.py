@@ -52,13 +52,17 @@ def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
     about, tensors = _read(path)
     version = about.get("format_version")
     if version != FORMAT_VERSION:
-        raise HGRError(f"Expected HGR format version {FORMAT_VERSION} in {path}, but got {version!r}. Update SafeCFG, or train the HGR again.")
+        raise HGRError(
+            f"Expected HGR format version {FORMAT_VERSION} in {path}, but got {version!r}. Update SafeCFG, or train the HGR again."
+        )
     try:
         info = _info(about["info"])
         condition = ConditionConfig(**about["condition"]) if about["condition"] else None
         guidance = GuidanceConfig(**about["guidance"]) if about["guidance"] else None
     except (KeyError, TypeError, AttributeError) as error:
-        raise HGRError(f"The metadata of {path} is not that of an HGR ({error}). Use a file made by SafeCFG Train HGR.") from error
+        raise HGRError(
+            f"The metadata of {path} is not that of an HGR ({error}). Use a file made by SafeCFG Train HGR."
+        ) from error
     info.validate(str(path))
     _check_sizes(path, info, condition, guidance)
     hgr = HGR(info, condition, guidance, ops)
@@ -71,7 +75,11 @@ def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
 @cache
 def _hash(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -87,7 +95,9 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
-                raise HGRError(f"Expected an HGR in {path}, but its metadata has no {KEY!r}: it is some other model. Use a file made by SafeCFG Train HGR.")
+                raise HGRError(
+                    f"Expected an HGR in {path}, but its metadata has no {KEY!r}: it is some other model. Use a file made by SafeCFG Train HGR."
+                )
             return json.loads(metadata[KEY]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise HGRError(f"{path} is not a complete safetensors file ({error}). Download or copy it again.") from error
@@ -106,21 +116,33 @@ def _check_sizes(path: Path, info: HGRInfo, condition: ConditionConfig | None, g
     """The networks must have the sizes that the metadata promises."""
     pairs = [("categories", len(info.categories), c.categories) for c in (condition, guidance) if c]
     if condition:
-        pairs += [("token width", info.token_width, condition.token_width), ("pooled width", info.pooled_width, condition.pooled_width)]
+        pairs += [
+            ("token width", info.token_width, condition.token_width),
+            ("pooled width", info.pooled_width, condition.pooled_width),
+        ]
     if guidance:
-        pairs += [("latent channels", info.latent_channels, guidance.latent_channels), ("latent dimensions", info.latent_dimensions, guidance.dimensions)]
+        pairs += [
+            ("latent channels", info.latent_channels, guidance.latent_channels),
+            ("latent dimensions", info.latent_dimensions, guidance.dimensions),
+        ]
     for name, expected, came in pairs:
         if expected != came:
-            raise HGRError(f"Expected {name} {expected} in {path}, but its network has {came}. The file is damaged: download it again.")
+            raise HGRError(
+                f"Expected {name} {expected} in {path}, but its network has {came}. The file is damaged: download it again."
+            )
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if missing := sorted(expected.keys() - tensors.keys()):
         raise HGRError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]!r}. Download or copy it again.")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise HGRError(f"{path} has {len(extra)} tensors that no HGR has, the first is {extra[0]!r}. Use a file made by SafeCFG Train HGR.")
+        raise HGRError(
+            f"{path} has {len(extra)} tensors that no HGR has, the first is {extra[0]!r}. Use a file made by SafeCFG Train HGR."
+        )
     for key, tensor in tensors.items():
         if tensor.shape != expected[key].shape:
             raise HGRError(f"Expected {key!r} of shape {tuple(expected[key].shape)} in {path}, but got {tuple(tensor.shape)}.")
         if not torch.isfinite(tensor).all():
-            raise HGRError(f"{key!r} in {path} holds values that are not finite (NaN or infinity). Train or download the HGR again.")
+            raise HGRError(
+                f"{key!r} in {path} holds values that are not finite (NaN or infinity). Train or download the HGR again."
+            )

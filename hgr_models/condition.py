@@ -82,7 +82,9 @@ class ConditionRedirector(nn.Module):
 
     def _read(self, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None):
         """Features (B, N, width) of the present tokens and the pooled vector (last, if any), units z, attention bias."""
-        z = ((tokens.float() - self.token_center) / self.token_scale).clamp(-20, 20)  # fp32: deltas are small against outlier channels
+        z = ((tokens.float() - self.token_center) / self.token_scale).clamp(
+            -20, 20
+        )  # fp32: deltas are small against outlier channels
         h = self.token_in(z)
         present = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
         if self.pooled_in is not None and pooled is not None:

@@ -33,7 +33,9 @@ class HGRInfo:
         """Raises HGRError when the fields contradict each other."""
         k, levels = len(self.categories), len(self.guidance_levels) + 1
         if k == 0 or len(set(self.categories)) != k or not all(isinstance(c, str) and c.strip() for c in self.categories):
-            raise HGRError(f"Expected distinct, non-empty category names in {file}, but got {list(self.categories)}. Train it again.")
+            raise HGRError(
+                f"Expected distinct, non-empty category names in {file}, but got {list(self.categories)}. Train it again."
+            )
         if len(self.condition_thresholds) != k:
             raise HGRError(f"Expected {k} condition thresholds in {file}, but got {len(self.condition_thresholds)}.")
         if len(self.guidance_thresholds) != levels or any(len(row) != k for row in self.guidance_thresholds):

@@ -64,7 +64,7 @@ def parse_categories(text: str, categories: Sequence[str], strength: float = 1.0
 def _strength(value: str, name: str) -> float:
     words = {"on": 1.0, "off": 0.0}
     try:
-        number = words.get(value.lower(), None)
+        number = words.get(value.lower())
         number = float(value) if number is None else number
     except ValueError:
         number = float("nan")

@@ -58,17 +58,25 @@ def save(unet: UNet, text_encoder: TextEncoder, about: dict) -> None:
     save_weights(WEIGHTS / "text_encoder.safetensors", tensors, about)
 
 
-def train(steps: int, device: str, seed: int) -> None:
+def train(steps: int, device: str, seed: int, resume: bool = False) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vocabulary = Vocabulary.load()
     ids = vocabulary.ids()
     unet, text_encoder = UNet(UNetConfig()).to(device), TextEncoder(len(ids))
     text_encoder.vectors.copy_(vocabulary.vectors)
+    before = 0
+    if resume:
+        before = load_module(unet, "unet")["steps"]
+        load_module(text_encoder, "text_encoder")
+        unet.train().requires_grad_(True)
+        text_encoder.train().requires_grad_(True)
     text_encoder.to(device)
     means = Averaged(unet), Averaged(text_encoder)
     latents, scenes = latents_of_scenes(SCENES, device, rng)
-    optimiser = torch.optim.AdamW(chain(unet.parameters(), text_encoder.parameters()), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    optimiser = torch.optim.AdamW(
+        chain(unet.parameters(), text_encoder.parameters()), weight_decay=1e-2, betas=(0.9, 0.99), fused=True
+    )
     for step in (bar := tqdm(range(steps), desc="diffusion")):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, 8e-4)
@@ -84,4 +92,4 @@ def train(steps: int, device: str, seed: int) -> None:
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % 500 == 499 or step == steps - 1:
-            save(means[0].module, means[1].module, {"steps": step + 1, "seed": seed})
+            save(means[0].module, means[1].module, {"steps": before + step + 1, "seed": seed})

@@ -1,0 +1,87 @@
+"""Recording guidance: sampling runs from which an HGR learns, as tensors; nothing is ever decoded.
+
+A run follows the harmful prompt, its safe partner or the HGR in training (on-policy). At every step the same noisy
+latent is evaluated with the negative, the prompt and the partner, which is all that both networks need.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# (x, sigma (B,), tokens (B, T, D)) -> x0 prediction
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (x, sigma, uncond_denoised, cond_denoised) -> the cond_denoised to follow
+Policy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Prompts:
+    """A batch of prompts for recording. A clean prompt is its own partner and has no harms."""
+
+    tokens: Tensor  # (B, T, D)
+    partner_tokens: Tensor  # (B, T, D): the same without the removed harms
+    negative_tokens: Tensor  # (B, T, D)
+    harms: Tensor  # (B, K) 1 where the prompt is harmful
+    removed: Tensor  # (B, K) the subset of `harms` that the partner lacks
+
+    def __getitem__(self, index) -> "Prompts":
+        return Prompts(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Points:
+    """What was recorded, one row per run and step; latents (N, C, *spatial)."""
+
+    x: Tensor
+    sigma: Tensor  # (N,)
+    uncond_denoised: Tensor
+    cond_denoised: Tensor
+    partner_denoised: Tensor
+    shown: Tensor  # (N, K) harms of the prompt that the run followed: what its picture shows
+    prompt: Tensor  # (N,) row of the prompts
+
+    def __getitem__(self, index) -> "Points":
+        return Points(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @staticmethod
+    def cat(parts: list["Points"]) -> "Points":
+        return Points(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Points)))
+
+
+@torch.no_grad()
+def record_runs(
+    predict: Predict,
+    prompts: Prompts,
+    sigmas: Tensor,
+    noise: Tensor,
+    follow: str,
+    cond_scale: Tensor,
+    policy: Policy | None = None,
+) -> Points:
+    """Samples one batch of prompts along `sigmas` (steps + 1,) with Euler steps and records every step.
+
+    noise (B, C, *spatial); `follow` is "prompt", "partner" or "policy"; cond_scale (B,).
+    """
+    view = lambda t: t.view(-1, *[1] * (noise.ndim - 1))  # noqa: E731
+    x = noise * (1 + sigmas[0] ** 2) ** 0.5
+    shown = {"prompt": prompts.harms}.get(follow, prompts.harms - prompts.removed)
+    rows, count = torch.arange(len(prompts)), len(prompts)
+    tokens = torch.cat([prompts.negative_tokens, prompts.tokens, prompts.partner_tokens])
+    parts = []
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        level = sigma.expand(count)
+        uncond, cond, partner = predict(torch.cat([x] * 3), sigma.expand(3 * count), tokens).chunk(3)
+        parts.append(Points(x, level, uncond, cond, partner, shown, rows))
+        towards = {"prompt": cond, "partner": partner}.get(follow)
+        towards = policy(x, level, uncond, cond) if towards is None else towards
+        denoised = uncond + view(cond_scale) * (towards - uncond)
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return Points.cat(parts)

@@ -1,0 +1,111 @@
+"""The checkpoint: a round trip, and one clear error for everything that can be wrong with a file."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hgr_models import HGRError, file_hash, load_hgr, save_hgr
+from hgr_models.checkpoint import KEY
+
+from helpers import info, small_hgr
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "hgr.safetensors"
+    save_hgr(path, small_hgr())
+    return path
+
+
+def rewrite(path, about=lambda a: a, tensors=lambda t: t, metadata=None):
+    """Saves the file again with something changed."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        old = json.loads(file.metadata()[KEY])
+    save_file(tensors(load_file(path)), path, {KEY: json.dumps(about(old))} if metadata is None else metadata)
+
+
+def test_round_trip(saved):
+    hgr, again = small_hgr(), load_hgr(saved)
+    assert again.info == hgr.info
+    for key, value in hgr.state_dict().items():
+        assert torch.allclose(again.state_dict()[key], value, rtol=1e-3, atol=1e-3), key
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_saving_leaves_nothing_half_written(saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_hgr(saved, small_hgr(1))
+    assert saved.read_bytes() == before and [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_hash_follows_the_content(saved):
+    first = file_hash(saved)
+    assert first == file_hash(saved) and len(first) == 64
+    save_hgr(saved, small_hgr(1))
+    assert file_hash(saved) != first
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_info(**changes):
+    return lambda path: rewrite(path, about=lambda a: {**a, "info": {**a["info"], **changes}})
+
+
+def poison(path):
+    def nan(tensors):
+        tensors["condition.token_in.weight"][0, 0] = float("nan")
+        return tensors
+
+    rewrite(path, tensors=nan)
+
+
+BROKEN = {
+    "missing file": (lambda path: path.unlink(), "no HGR file"),
+    "not safetensors": (lambda path: path.write_text("hello, I am no tensor"), "not a complete safetensors file"),
+    "truncated": (truncate, "not a complete safetensors file"),
+    "missing metadata": (lambda path: rewrite(path, metadata={"format": "pt"}), "no 'safecfg_hgr'"),
+    "metadata is not JSON": (lambda path: rewrite(path, metadata={KEY: "{"}), "not JSON"),
+    "incomplete metadata": (lambda path: rewrite(path, about=lambda a: {"format_version": 1}), "not that of an HGR"),
+    "unknown format version": (lambda path: rewrite(path, about=lambda a: {**a, "format_version": 99}), "version 1 .* got 99"),
+    "NaN weights": (poison, "'condition.token_in.weight' .* not finite"),
+    "missing tensor": (
+        lambda p: rewrite(p, tensors=lambda t: {k: v for k, v in t.items() if "erase" not in k}),
+        "lacks 2 tensors",
+    ),
+    "foreign tensor": (lambda p: rewrite(p, tensors=lambda t: {**t, "lora": torch.zeros(1)}), "'lora'"),
+    "wrong shape": (
+        lambda p: rewrite(p, tensors=lambda t: {**t, "guidance.attenuation.bias": torch.zeros(3)}),
+        r"shape \(1,\) .* \(3,\)",
+    ),
+    "wrong channels": (edit_info(latent_channels=16), "latent channels 16 .* has 4"),
+    "wrong token width": (edit_info(token_width=768), "token width 768 .* has 16"),
+    "duplicate categories": (edit_info(categories=["drugs", "drugs"]), "distinct, non-empty category"),
+    "empty categories": (edit_info(categories=[]), "distinct, non-empty category"),
+    "too few thresholds": (edit_info(condition_thresholds=[0.5]), "2 condition thresholds"),
+    "threshold out of range": (edit_info(condition_thresholds=[0.5, 1.5]), "from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_files_are_refused(saved, what):
+    spoil, said = BROKEN[what]
+    spoil(saved)
+    with pytest.raises(HGRError, match=said) as error:
+        load_hgr(saved)
+    assert str(saved) in str(error.value)
+
+
+def test_an_hgr_needs_a_network():
+    from hgr_models import HGR
+
+    with pytest.raises(HGRError, match="neither"):
+        HGR(info(), None, None)

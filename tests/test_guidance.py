@@ -1,0 +1,59 @@
+"""The guidance redirector: any size, 2-D and 3-D latents, local pooling, linear cost."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from hgr_models import CategorySettings, redirect_guidance
+from hgr_models.guidance import _pool
+
+from helpers import small_hgr
+
+ALL = CategorySettings((1.0, 1.0), -1.0)
+
+
+def redirect(hgr, *shape):
+    cond, uncond, x = torch.randn(3, *shape)
+    return cond, redirect_guidance(hgr, cond, uncond, x, torch.ones(shape[0]), ALL)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (2, 4, 9, 15), (1, 4, 2, 3), (1, 4, 40, 8)])
+def test_takes_any_picture_size(shape):
+    cond, result = redirect(small_hgr(), *shape)
+    assert result.cond_denoised.shape == shape and not torch.equal(result.cond_denoised, cond)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 1, 8, 8), (2, 16, 5, 9, 6)])
+def test_takes_video(shape):
+    cond, result = redirect(small_hgr(dimensions=3, channels=16), *shape)
+    assert result.cond_denoised.shape == shape and not torch.equal(result.cond_denoised, cond)
+
+
+def test_starts_as_no_change():
+    cond, result = redirect(small_hgr(zero=True), 2, 4, 8, 8)
+    assert_close(result.cond_denoised, cond)
+    assert (result.weights > 0).all()  # flagged, and yet nothing to add
+
+
+def test_small_harm_in_a_large_picture_counts_in_full():
+    places = torch.full((1, 1, 1, 64, 64), -8.0)
+    places[..., 10:12, 20:22] = 6.0
+    assert _pool(places).item() == pytest.approx(6.0)
+
+
+def test_cost_is_linear_in_pixels():
+    def flops(size):
+        with FlopCounterMode(display=False) as counter:
+            redirect(small_hgr(), 1, 4, size, size)
+        return counter.get_total_flops()
+
+    assert flops(128) / flops(64) == pytest.approx(4.0, rel=0.02)
+
+
+def test_the_correction_depends_on_the_category_weights():
+    network = small_hgr().guidance
+    inputs = torch.randn(3, 1, 4, 8, 8)
+    reading = network.read(*inputs, torch.zeros(1), torch.zeros(1))
+    one, both = (network.correct(reading, torch.tensor([w]))[1] for w in ([1.0, 0.0], [1.0, 1.0]))
+    assert (one - both).abs().max() > 1e-4
