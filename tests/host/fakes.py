@@ -67,7 +67,7 @@ class KnownRedirection:
 
     def __init__(self, monkeypatch, rows=None, calls=None, value=None):
         self.rows, self.calls, self.value = rows, calls, value
-        self.count, self.sigmas, self.remembered = 0, [], []
+        self.count, self.x_in, self.sigmas, self.remembered = 0, None, [], []
         monkeypatch.setattr(hgr_models, "redirect_guidance", self)
 
     def __call__(self, hgr, cond_denoised, uncond_denoised, x_in, sigma, settings, flagged=None):
@@ -76,7 +76,7 @@ class KnownRedirection:
         weights = rows[:, None].float().expand(-1, 2)
         if flagged is not None:
             weights = torch.maximum(weights, flagged)
-        self.count += 1
+        self.count, self.x_in = self.count + 1, x_in
         self.sigmas.append(float(sigma[0]))
         self.remembered.append(flagged)
         safe = uncond_denoised + turned(cond_denoised - uncond_denoised) if self.value is None else cond_denoised * self.value
@@ -88,7 +88,8 @@ class Once(comfy.samplers.Sampler):
     """Evaluates a guider once at one sigma, and each of its conditions alone."""
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        x, sigma = noise * sigmas[0], sigmas[0] * noise.new_ones(len(noise))
+        self.x = x = noise * sigmas[0]
+        sigma = sigmas[0] * noise.new_ones(len(noise))
         self.out = model_wrap(x, sigma, **extra_args)
         alone = {"transformer_options": {}}
         self.alone = {

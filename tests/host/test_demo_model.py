@@ -46,9 +46,9 @@ def test_latents_are_those_of_plain_torch(demo, plain):
         uncond_denoised = plain.denoised(x, sigma, none)
         return uncond_denoised + 5.0 * (plain.denoised(x, sigma, tokens) - uncond_denoised)
 
-    wanted = sampling.sample_euler(denoise, noise, sampling.normal_schedule(4))
-    got = demo[0].model.process_latent_in(sample(demo[0], encode(demo[1], PROMPT), encode(demo[1], "")))
-    assert (got - wanted).abs().max() < 1e-3 * wanted.std()
+    wanted = sampling.sample_euler(denoise, noise, sampling.normal_schedule(25))  # some of its sigmas lie between two timesteps
+    got = demo[0].model.process_latent_in(sample(demo[0], encode(demo[1], PROMPT), encode(demo[1], ""), steps=25))
+    assert (got - wanted).abs().max() < 1e-4 * wanted.std()
 
 
 @torch.inference_mode()
