@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import info, small_hgr
 from hgr_models import HGRError, file_hash, load_hgr, save_hgr
 from hgr_models.checkpoint import KEY
-
-from helpers import info, small_hgr
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@
 import torch
 from torch.testing import assert_close
 
-from hgr_models import CategorySettings, redirect_condition
-
 from helpers import small_hgr
+from hgr_models import CategorySettings, redirect_condition
 
 W = torch.tensor([[1.0, 0.0]])
 

@@ -5,10 +5,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import small_hgr
 from hgr_models import CategorySettings, redirect_guidance
 from hgr_models.guidance import _pool
-
-from helpers import small_hgr
 
 ALL = CategorySettings((1.0, 1.0), -1.0)
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from helpers import small_hgr
 from hgr_models import CategorySettings, HGRError, category_weights, parse_categories, redirect_condition, redirect_guidance
 from hgr_models.redirection import RMS_FLOOR, guidance_units, log_snr_of
-
-from helpers import small_hgr
 
 ALL = CategorySettings((1.0, 1.0), threshold_offset=-1.0)  # every threshold 0: everything is flagged
 NONE = CategorySettings((1.0, 1.0), threshold_offset=1.0)  # every threshold 1: nothing is flagged

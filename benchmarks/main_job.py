@@ -1,0 +1,131 @@
+"""Everything the main job promises on the demo world, in one table: `python -m benchmarks.main_job --images 600 --json FILE`.
+
+Held-out prompts, fresh seeds, the same seeds in every arm. Arms: plain CFG, SafeCFG with both networks, with one alone,
+and with the first category of a two-harm prompt switched off. What is printed beyond `python -m demo`: single harmful
+pictograms, two harms, clean pictograms the HGR never saw, the guidance redirector alone, disguised prompts, one category off.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from demo import evaluate as e
+from demo import world
+from demo.__main__ import HGR_FILE
+from demo.judge import Judge
+from demo.pipeline import DemoModel
+from demo.safecfg import Redirection
+from hgr_models import CategorySettings, load_hgr, parse_categories
+
+from .disguise import disguise
+
+OFF = world.CATEGORIES[0]
+
+
+class Bench:
+    """Draws sets of items under arms, each once."""
+
+    def __init__(self, images: int, seed: int, steps: int, cond_scale: float):
+        self.model, (self.judge, self.about), self.hgr = DemoModel.load(), Judge.load(), load_hgr(HGR_FILE)
+        self.images, self.seed, self.steps, self.cond_scale = images, seed, steps, cond_scale
+        on = CategorySettings((1.0,) * len(world.CATEGORIES))
+        off = CategorySettings(parse_categories(f"{OFF} = off", world.CATEGORIES))
+        self.arms = {"plain": None, "one_off": Redirection(self.hgr, off)}
+        self.arms |= {mode: Redirection(self.hgr, on, mode) for mode in ("both", "condition", "guidance")}
+        self.results: dict[str, e.Rate] = {}
+
+    def items(self, kind: str) -> list[e.Item]:
+        return e.items(kind, self.images, self.seed)
+
+    def draw(self, title: str, tokens: torch.Tensor, *arms: str) -> dict[str, e.Drawn]:
+        drawn = {}
+        for arm in arms:
+            total = -(-len(tokens) // e.BATCH) * self.steps
+            with tqdm(total=total, desc=f"{title}, {arm}", unit="step") as bar:
+                drawn[arm] = e.draw(
+                    self.model, self.judge, tokens, self.seed, self.steps, self.cond_scale, self.arms[arm], bar.update
+                )
+        return drawn
+
+    def add(self, name: str, rate: e.Rate) -> None:
+        self.results[name] = rate
+        tqdm.write(f"{name:48s} {rate}")
+
+    def harmful(self, kind: str, *arms: str) -> None:
+        some = self.items(kind)
+        for arm, drawn in self.draw(kind, self.encode(some), *arms).items():
+            self.add(f"{kind}/{arm}/harm_present", e.harm_present(some, drawn))
+            self.add(f"{kind}/{arm}/rest_kept", e.rest_kept(some, drawn))
+            self.add(f"{kind}/{arm}/neither", e.neither(some, drawn))
+
+    def clean(self, kind: str, *arms: str) -> None:
+        some = self.items(kind)
+        drawn = self.draw(kind, self.encode(some), *arms)
+        for arm in arms:
+            self.add(f"{kind}/{arm}/accuracy", e.accuracy(some, drawn[arm]))
+            self.add(f"{kind}/{arm}/bit_identical", e.bit_identical(drawn["plain"], drawn[arm]))
+
+    def two_harms(self) -> None:
+        """Both harms gone; and with one category off, that harm stays while the other goes."""
+        some = self.items("two_harms")
+        for arm, drawn in self.draw("two_harms", self.encode(some), "plain", "both", "one_off").items():
+            self.add(f"two_harms/{arm}/harm_present", e.harm_present(some, drawn))
+            self.add(f"two_harms/{arm}/{OFF}_present", e.named_harm_present(some, drawn, OFF))
+            others = [c for c in world.CATEGORIES if c != OFF]
+            found = [e.named_harm_present(some, drawn, c) for c in others]
+            self.add(f"two_harms/{arm}/others_present", e.Rate(sum(r.hits for r in found), sum(r.n for r in found)))
+
+    def disguised(self) -> None:
+        """Prompts that the condition redirector misses by construction, of which plain CFG still draws the harm."""
+        some = self.items("combination")
+        tokens, hidden = disguise(self.hgr, self.encode(some))
+        self.add("disguised/hidden", e.rate(hidden.tolist()))
+        drawn = self.draw("disguised", tokens, "plain", "condition", "both")
+        drawn_harm = [any(world.CATEGORY[n] for n in f) for f in drawn["plain"].found]
+        counted = [h and d for h, d in zip(hidden.tolist(), drawn_harm, strict=True)]
+        for arm, d in drawn.items():
+            self.add(
+                f"disguised/{arm}/harm_present",
+                e.rate([any(world.CATEGORY[n] for n in f) for f, c in zip(d.found, counted, strict=True) if c]),
+            )
+
+    def encode(self, some: list[e.Item]) -> torch.Tensor:
+        return self.model.encode([i.prompt for i in some])
+
+
+PARTS = {
+    "combination": lambda b: b.harmful("combination", "plain", "both", "condition", "guidance"),
+    "single": lambda b: b.harmful("single", "plain", "both", "guidance"),
+    "two_harms": Bench.two_harms,
+    "unseen_harmful": lambda b: b.harmful("unseen_harmful", "plain", "both"),
+    "clean": lambda b: b.clean("clean", "plain", "both", "guidance"),
+    "unseen_clean": lambda b: b.clean("unseen_clean", "plain", "both"),
+    "disguised": Bench.disguised,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=600, metavar="N")
+    parser.add_argument("--seed", type=int, default=1, metavar="S")
+    parser.add_argument("--steps", type=int, default=25, metavar="N")
+    parser.add_argument("--cfg", type=float, default=5.0, metavar="X")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    bench = Bench(args.images, args.seed, args.steps, args.cfg)
+    for part in args.parts:
+        PARTS[part](bench)
+    print(f"{args.images} pictures per figure, {args.steps} steps, cfg {args.cfg}; judge: {bench.about}")
+    if args.json:
+        figures = {name: {"value": r.value, "interval": r.interval, "n": r.n} for name, r in bench.results.items()}
+        args.json.write_text(
+            json.dumps({"n": args.images, "judge": bench.about, "figures": figures}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
