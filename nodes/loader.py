@@ -100,6 +100,14 @@ class LoadHGR(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, hgr_name):
+        """Not every host looks a V3 node's choice up in its list."""
+        names = folder_paths.get_filename_list(FOLDER)
+        if hgr_name is None or hgr_name in names:  # None: another node's output
+            return True
+        return f"There is no HGR {hgr_name!r}; there is {', '.join(names) or 'none'}. Put the .safetensors file into models/hgr."
+
+    @classmethod
     def fingerprint_inputs(cls, hgr_name):
         return hgr_models.file_hash(folder_paths.get_full_path_or_raise(FOLDER, hgr_name))
 

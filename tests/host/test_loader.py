@@ -91,5 +91,8 @@ def test_damaged_files_are_named(folder, damage):
 
 
 def test_a_missing_file_is_named(folder):
+    save(folder / "mine.safetensors")
+    assert LoadHGR.validate_inputs("mine.safetensors") is True and LoadHGR.validate_inputs(None) is True
+    assert "mine.safetensors" in LoadHGR.validate_inputs("gone.safetensors")
     with pytest.raises(FileNotFoundError, match="gone.safetensors"):
         LoadHGR.execute("gone.safetensors")
