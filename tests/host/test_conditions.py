@@ -158,6 +158,8 @@ def test_copies_never_meet(tiny_model, start, end, own):
     window = Window.of(tiny_model.model.model_sampling, start, end)
     entry = {"cross_attn": 1, "model_conds": {"a": object()}, "uuid": 0, **own}
     parts = conditions._split(entry, {"cross_attn": 2}, window)
+    names = [part["uuid"] for part in parts if part["cross_attn"] == 2]
+    assert entry["uuid"] not in names  # caches keep results per name: the original prompt's are not the redirected's
     bounds = torch.tensor([b for b in (window.low, window.high, *own.values(), 0.0, 2.0, 14.6) if 0 <= b < 1e9])
     infinity = torch.tensor(float("inf"))
     for sigma in torch.cat([bounds, torch.nextafter(bounds, infinity), torch.nextafter(bounds, -infinity)]).clamp(min=0):

@@ -41,9 +41,15 @@ def test_rows_are_judged_alone(tiny_model, tiny_cond, monkeypatch):
 
 def test_cfg_1_clean_costs_three_probes(tiny_model, tiny_cond, monkeypatch):
     plain = sample(tiny_model, tiny_cond(1), tiny_cond(2), 1.0, steps=20)
-    known = KnownRedirection(monkeypatch, rows=())
+    known, rows = KnownRedirection(monkeypatch, rows=()), []
+    record = lambda apply_model, args: (
+        rows.append(args["cond_or_uncond"]),
+        apply_model(args["input"], args["timestep"], **args["c"]),
+    )[1]  # noqa: E731
+    tiny_model.set_model_unet_function_wrapper(record)
     safe = sample(apply_hgr(tiny_model, **ONLY_GUIDANCE), tiny_cond(1), tiny_cond(2), 1.0, steps=20)
     assert known.count == 3 and torch.equal(plain, safe)
+    assert rows.count([0]) == 20 and rows.count([1]) == 3 and len(rows) == 23  # other patches know a probe as unconditional
 
 
 def test_cfg_1_goes_on_while_flagged(tiny_model, tiny_cond, monkeypatch):
