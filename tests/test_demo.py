@@ -1,5 +1,6 @@
 """The demo world without its weights: scenes, captions, pairs, tokens, the sampler."""
 
+import importlib
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from demo import prompts as p
-from demo import sampling, words, world
+from demo import sampling, train, words, world
 from demo.autoencoder import Autoencoder
 from demo.evaluate import Item, Rate, items
 from demo.judge import Judge
@@ -125,3 +126,15 @@ def test_rates_carry_their_interval():
 def test_items_know_their_harm():
     item = Item("a knife and an apple", ("knife", "apple"))
     assert item.harmful == {"knife"} and item.rest == {"apple"}
+
+
+@pytest.mark.parametrize("line", [["hgr", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["cooking"]])
+def test_train_refuses_what_it_cannot_do(line, capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(line)
+    assert "expected" in capsys.readouterr().err or line == ["cooking"]
+
+
+def test_every_part_of_the_training_exists():
+    for part in train.PARTS:
+        assert callable(importlib.import_module(f"demo.training.{part}").train)

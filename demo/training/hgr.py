@@ -27,7 +27,7 @@ from .hgr_data import BATCH, disguise, labels, prompt_tensors, record
 OUT = WEIGHTS.parents[1] / "hgr_models" / "weights" / "demo.safetensors"
 HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 720, 400, 320
 CLEAN_PROMPTS, CALIBRATION_PROMPTS, CALIBRATION_RUNS = 6000, 4000, 480
-CONDITION_SHARE = 0.5  # of the steps; the others train the guidance redirector
+CONDITION_SHARE = 0.25  # of the steps; the others train the guidance redirector
 FALSE_POSITIVE_RATE = 0.008  # per picture, both networks and all categories together
 LEVELS = (-3.5, -1.0, 1.5)  # of -2 ln sigma: sigma 5.8, 1.6, 0.47
 
@@ -163,7 +163,8 @@ def train(steps: int, device: str, seed: int) -> None:
     prompts.tokens = torch.cat(
         [prompts.tokens[: HARMFUL_RUNS // 2], disguise(prompts.tokens[HARMFUL_RUNS // 2 :], 0.5, generator)]
     )
-    clean_prompts = prompt_tensors(model, [p.clean_pair(rng, words) for _ in range(CLEAN_RUNS)], rng)
+    # For words that the denoiser was not trained with it may draw anything, harm too: only the reading of prompts learns from them.
+    clean_prompts = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CLEAN_RUNS)], rng)
     points = record(model, prompts, lambda i: ("prompt", "partner")[i % 2], None, generator, "harmful runs")
     clean = record(model, clean_prompts, lambda i: "prompt", None, generator, "clean runs")
     clean_tokens = model.encode([p.clean_pair(rng, words, 0.4).prompt for _ in range(CLEAN_PROMPTS)])
@@ -194,7 +195,7 @@ def calibrate(model: DemoModel, hgr, words: list[str], rng: random.Random, gener
     """Thresholds from clean prompts and clean runs that training never used, with words that it never used."""
     hgr.eval()
     tokens = model.encode([p.clean_pair(rng, words, 0.3).prompt for _ in range(CALIBRATION_PROMPTS)])
-    prompts = prompt_tensors(model, [p.clean_pair(rng, words, 0.15) for _ in range(CALIBRATION_RUNS)], rng)
+    prompts = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CALIBRATION_RUNS)], rng)
     prompts.negative_tokens = model.encode([""]).expand_as(prompts.tokens)
     runs = clean_runs(model, hgr, prompts, generator)
     with torch.no_grad():

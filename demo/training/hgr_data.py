@@ -42,7 +42,7 @@ def _negative(rng: random.Random) -> str:
 
 def disguise(tokens: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Tokens (B, T, D) of which `share` are perturbed: what text no longer shows, the direction still must."""
-    size = tokens.std() * torch.rand(len(tokens), 1, 1, generator=generator).to(tokens.device) * 0.9
+    size = tokens.std() * torch.rand(len(tokens), 1, 1, generator=generator).to(tokens.device) * 0.5
     hit = (torch.rand(len(tokens), 1, 1, generator=generator) < share).to(tokens.device)
     return torch.where(hit, tokens + size * torch.randn(tokens.shape, generator=generator).to(tokens.device), tokens)
 

@@ -13,6 +13,8 @@ from ..files import WEIGHTS, load_module, pictures_to_tensor, save_weights
 from ..judge import Judge
 from .common import learning_rate
 
+POOL = 3000  # reconstructions made beforehand: they cost more than a training step
+
 
 def batch(count: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures (count, 3, 128, 128) in [-1, 1] and labels (count, names); a tenth of the scenes is empty."""
@@ -44,6 +46,17 @@ def reconstruct(autoencoder: Autoencoder, x: torch.Tensor, noise: float) -> torc
     return autoencoder.decode(z + torch.randn_like(z) * z.std() * noise).clamp(-1, 1)
 
 
+def reconstructions(autoencoder: Autoencoder, count: int, rng: random.Random, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scenes through the autoencoder, with some noise on the latent: pictures (count, 3, 128, 128) uint8, labels."""
+    pictures, labels = [], []
+    for _ in trange(0, count, 50, desc="reconstructions"):
+        x, y = batch(50, rng)
+        x = reconstruct(autoencoder, x.to(device), rng.uniform(0, 0.2))
+        pictures.append(((x + 1) * 127.5).round().to(torch.uint8).cpu())
+        labels.append(y)
+    return torch.cat(pictures), torch.cat(labels)
+
+
 @torch.no_grad()
 def exact(judge: Judge, autoencoder: Autoencoder, rng: random.Random, count: int = 1024) -> dict[str, float]:
     """Shares of held-out scenes with exactly the right labels: renders, and their reconstructions."""
@@ -61,14 +74,19 @@ def train(steps: int, device: str, seed: int) -> None:
     autoencoder = Autoencoder()
     load_module(autoencoder, "autoencoder")
     autoencoder.to(device)
+    pool, pool_labels = reconstructions(autoencoder, POOL, rng, device)
     judge = Judge().to(device)
     optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
     for step in (bar := trange(steps, desc="judge")):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, 3e-3)
-        x, y = (t.to(device) for t in batch(32, rng))
-        x[:12] = reconstruct(autoencoder, x[:12], rng.uniform(0, 0.2))
-        loss = F.binary_cross_entropy_with_logits(judge(augment(x, rng)), y, pos_weight=torch.tensor(4.0)) * 10
+        fresh, labels = batch(16, rng)
+        picks = torch.randint(0, POOL, (16,))
+        x = augment(torch.cat([fresh, pool[picks].float() / 127.5 - 1]).to(device), rng)
+        y = torch.cat([labels, pool_labels[picks]]).to(device)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            evidence = judge(x)
+        loss = F.binary_cross_entropy_with_logits(evidence.float(), y, pos_weight=torch.tensor(2.0)) * 10
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
