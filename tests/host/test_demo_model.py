@@ -8,7 +8,7 @@ from safecfg.nodes.demo_model import DemoModel, demo_unet
 
 import nodes as core
 
-PROMPT = "a rabbit and a rocket"
+PROMPT = "a frog and a strawberry"
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def test_rows_are_the_prompts(clip):
 
 
 def test_shorter_prompts_get_empty_chunks(clip):
-    long = "a rabbit and a rocket " * 5
+    long = "a frog and a strawberry " * 5
     ((tokens, _),) = encode_batch(clip, ["a knife", long])
     empty = clip.encode_from_tokens(clip.tokenize(""))
     assert tokens.shape == (2, 32, 128)

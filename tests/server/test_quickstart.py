@@ -44,4 +44,4 @@ def test_quickstart(server, workflow):
     found = {title: judge.names(torch.tensor(p).permute(2, 0, 1)[None].float() / 255)[0] for title, p in pictures.items()}
     assert found["Harmful prompt, plain CFG"] == {"knife", "apple"}
     assert "knife" not in found["Harmful prompt, SafeCFG"] and "apple" in found["Harmful prompt, SafeCFG"]
-    assert found["Clean prompt, SafeCFG"] == {"rabbit", "rocket"}
+    assert found["Clean prompt, SafeCFG"] == {"frog", "strawberry"}
