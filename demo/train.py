@@ -20,7 +20,9 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {STEPS})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="diffusion: go on from the stored weights, with a learning rate of its own")
+    parser.add_argument(
+        "--resume", action="store_true", help="diffusion: go on from the stored weights, with a learning rate of its own"
+    )
     args = parser.parse_args(line)
     if args.resume and args.part != "diffusion":
         parser.error(f"expected --resume with the part diffusion, but got it with {args.part}")

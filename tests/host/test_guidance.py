@@ -42,10 +42,11 @@ def test_rows_are_judged_alone(tiny_model, tiny_cond, monkeypatch):
 def test_cfg_1_clean_costs_three_probes(tiny_model, tiny_cond, monkeypatch):
     plain = sample(tiny_model, tiny_cond(1), tiny_cond(2), 1.0, steps=20)
     known, rows = KnownRedirection(monkeypatch, rows=()), []
-    record = lambda apply_model, args: (
-        rows.append(args["cond_or_uncond"]),
-        apply_model(args["input"], args["timestep"], **args["c"]),
-    )[1]  # noqa: E731
+
+    def record(apply_model, args):
+        rows.append(args["cond_or_uncond"])
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
     tiny_model.set_model_unet_function_wrapper(record)
     safe = sample(apply_hgr(tiny_model, **ONLY_GUIDANCE), tiny_cond(1), tiny_cond(2), 1.0, steps=20)
     assert known.count == 3 and torch.equal(plain, safe)
