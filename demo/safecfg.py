@@ -39,7 +39,8 @@ def generate(
     r = redirection
     if r is not None and r.mode != "guidance":
         tokens = redirect_condition(r.hgr, tokens, None, r.settings).tokens
-    negative = model.encode([""]).repeat(len(tokens), tokens.shape[1] // model.encode([""]).shape[1], 1)
+    empty = model.encode([""])
+    negative = empty.repeat(len(tokens), tokens.shape[1] // empty.shape[1], 1)  # as many chunks as the prompts
     both_tokens, flagged = torch.cat([tokens, negative]), None
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:

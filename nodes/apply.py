@@ -151,7 +151,7 @@ def _how_inputs() -> list:
             options=["both", "condition", "guidance"],
             default="both",
             tooltip="condition: rewrites a harmful prompt's tokens once per run, at any cfg, at no cost. guidance: looks at the guidance "
-            "in every step, and sees what the prompt hides. both: the safest.",
+            "in every step, for what the prompt hides. both: the safest.",
         ),
         make_input(
             io.String,
