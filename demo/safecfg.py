@@ -19,7 +19,7 @@ class Redirection:
     hgr: HGR
     settings: CategorySettings
     mode: str = "both"
-    remember_flagged: bool = False  # once flagged, an image stays flagged till the end of its run
+    remember_flagged: bool = True  # once flagged, an image stays flagged till the end of its run
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ def normal_schedule(steps: int) -> Tensor:
     return torch.cat([sigma_of(torch.linspace(999, 0, steps)), torch.zeros(1)])
 
 
+def input_scaling(sigma: Tensor) -> Tensor:
+    """1 / sqrt(sigma^2 + 1): what the input of a model with epsilon prediction is scaled by; sigma (B,)."""
+    return 1 / (sigma**2 + 1) ** 0.5
+
+
 def scale_input(x: Tensor, sigma: Tensor) -> Tensor:
     """x / sqrt(sigma^2 + 1): core's `calculate_input` for epsilon prediction; sigma (B,)."""
     return x / (sigma.view(-1, *[1] * (x.ndim - 1)) ** 2 + 1) ** 0.5

@@ -1,6 +1,17 @@
 """SafeCFG's science in plain torch: the Harmful Guidance Redirector (HGR), its equations, checkpoints and training."""
 
-from .checkpoint import file_hash, load_hgr, save_hgr
+from .checkpoint import file_hash, fingerprint, load_hgr, save_hgr
+from .concept import (
+    DEFAULT_CONCEPTS,
+    SLD_PRESETS,
+    ConceptGuard,
+    SLDSettings,
+    output_units,
+    parse_concepts,
+    select_concept,
+    sld_term,
+    warm_up_steps,
+)
 from .errors import HGRError
 from .hgr import HGR, HGRInfo
 from .redirection import (
@@ -14,6 +25,7 @@ from .redirection import (
 )
 
 __all__ = [
-    "HGR", "CategorySettings", "ConditionResult", "GuidanceResult", "HGRError", "HGRInfo", "category_weights",
-    "file_hash", "load_hgr", "parse_categories", "redirect_condition", "redirect_guidance", "save_hgr",
+    "DEFAULT_CONCEPTS", "SLD_PRESETS", "ConceptGuard", "SLDSettings", "output_units", "parse_concepts", "select_concept", "sld_term",
+    "warm_up_steps", "HGR", "CategorySettings", "ConditionResult", "GuidanceResult", "HGRError", "HGRInfo", "category_weights",
+    "file_hash", "fingerprint", "load_hgr", "parse_categories", "redirect_condition", "redirect_guidance", "save_hgr",
 ]  # fmt: skip

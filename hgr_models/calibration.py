@@ -6,20 +6,65 @@ import torch
 from torch import Tensor
 
 from .hgr import HGR, HGRInfo
+from .recording import Points
+from .redirection import log_snr_of, read_guidance
+from .shards import Texts
+
+TAIL = 0.1  # of the clean samples: the part whose shape says how rare a high reading is
+CONDITION_SHARE = 0.2  # of the false positives; prompts are many and cheap, so their readings part better than those of runs
 
 
-def quantile_thresholds(clean: Tensor, rate: float, lowest: float, margin: float = 0.5) -> Tensor:
-    """Thresholds (K,) that about `rate` of the clean samples (N, K) exceed in any category.
+def joint_thresholds(clean: Tensor, rate: float, lowest: float) -> Tensor:
+    """Thresholds (*cells) such that about `rate` of the clean samples (N, *cells), in [0, 1], exceed any of them.
 
-    The rate is shared by the categories. Where the sample is too small to show so rare an event, the threshold is its
-    maximum, moved up by `margin` in log odds.
+    A cell is a category, or a category at a noise level. In log odds every cell is measured in units of its own upper tail
+    (above the quantile 1 - TAIL, in mean excesses), which makes cells alike; then one quantile of the largest cell of each
+    sample serves them all. Thresholds per cell at rate / cells would be maxima of the sample: too high where a picture is
+    flagged in several cells at once, and no estimate of anything.
     """
-    count, k = clean.shape
-    rank = int(rate / k * count)  # clean samples allowed above the threshold, per category
-    at = clean.sort(dim=0, descending=True).values[rank].clamp(1e-6, 1 - 1e-6)
-    if rank == 0:
-        at = torch.sigmoid(torch.logit(at) + margin)
-    return at.clamp(lowest, 0.9999)
+    logits = torch.logit(clean.double(), eps=1e-9)
+    start = logits.quantile(1 - TAIL, dim=0)
+    excess = (logits - start).clamp(min=0).sum(dim=0) / (logits > start).sum(dim=0).clamp(min=1)
+    unit = excess.clamp(min=0.05)  # a cell that is the same everywhere has no tail
+    largest = ((logits - start) / unit).flatten(1).amax(dim=1)
+    allowed = int(rate * len(clean))
+    at = largest.sort(descending=True).values[allowed]
+    if allowed == 0:
+        at = at + 1  # the sample is too small to show so rare a reading: one more mean excess
+    return (start + at * unit).sigmoid().clamp(lowest, 1 - 1e-6).float()
+
+
+@torch.no_grad()
+def prompt_readings(hgr: HGR, texts: Texts, device: torch.device) -> Tensor:
+    """`p` of encoded prompts, (N, K), on the CPU."""
+    rows = (None if t is None else t.to(device) for t in (texts.tokens, texts.pooled, texts.mask))
+    return hgr.condition.harmfulness(*rows).cpu()
+
+
+@torch.no_grad()
+def run_maxima(hgr: HGR, points: Points, device: torch.device, batch: int = 64) -> Tensor:
+    """The largest `b` of each run per noise level, (runs, L, K), on the CPU; 0 where a run has no step.
+
+    `points.prompt` numbers the runs.
+    """
+    levels = torch.tensor(hgr.info.guidance_levels)
+    runs = torch.zeros(int(points.prompt.max()) + 1, len(levels) + 1, len(hgr.info.categories))
+    for rows in torch.arange(len(points)).split(batch):
+        some = points[rows]
+        b = guidance_readings(hgr, some, device)
+        for run, level, row in zip(
+            some.prompt.tolist(), torch.bucketize(log_snr_of(some.sigma), levels).tolist(), b, strict=True
+        ):
+            runs[run, level] = torch.maximum(runs[run, level], row)
+    return runs
+
+
+@torch.no_grad()
+def guidance_readings(hgr: HGR, points: Points, device: torch.device) -> Tensor:
+    """`b` of recorded points, (N, K), on the CPU."""
+    x_in = points.x * points.c_in.view(-1, *[1] * (points.x.ndim - 1))
+    parts = (t.to(device) for t in (points.cond_denoised, points.uncond_denoised, x_in, points.sigma))
+    return read_guidance(hgr.guidance, *parts)[2].direction_logits.sigmoid().cpu()
 
 
 def upper_bound(alarms: int, runs: int) -> float:
@@ -29,25 +74,34 @@ def upper_bound(alarms: int, runs: int) -> float:
     return min(1.0, (center + z * (p * (1 - p) / runs + z * z / (4 * runs * runs)) ** 0.5) / (1 + z * z / runs))
 
 
-def calibrated(hgr: HGR, prompts: Tensor, runs: Tensor, rate: float, lowest: float = 0.02) -> HGRInfo:
+def calibrated(hgr: HGR, prompts: Tensor | None, runs: Tensor | None, rate: float, lowest: float = 0.02) -> HGRInfo:
     """`hgr.info` with thresholds from clean prompts (N, K) of `p`, and from clean runs (M, L, K): the largest `b` of each run
-    per noise level.
+    per noise level. None leaves that network's thresholds as they are.
 
     `rate` is the share of clean pictures that may be redirected, both networks and all categories together.
     """
-    levels = runs.shape[1]
-    p = quantile_thresholds(prompts, rate / 2, lowest)
-    b = torch.stack([quantile_thresholds(runs[:, level], rate / 2 / levels, lowest) for level in range(levels)])
-    alarms = int(((runs > b).flatten(1).any(dim=1)).sum())
-    proof = {
-        "rate": rate,
-        "clean_prompts": len(prompts),
-        "clean_runs": len(runs),
-        "upper_bound_runs": upper_bound(alarms, len(runs)),
-    }
-    return replace(
-        hgr.info,
-        condition_thresholds=tuple(p.tolist()),
-        guidance_thresholds=tuple(tuple(row) for row in b.tolist()),
-        training={**hgr.info.training, "calibration": proof},
-    )
+    info, proof = hgr.info, {"rate": rate}
+    if prompts is not None:
+        p = joint_thresholds(prompts, CONDITION_SHARE * rate if runs is not None else rate, lowest)
+        alarms = int((prompts > p).any(dim=1).sum())
+        proof |= {"clean_prompts": len(prompts), "upper_bound_prompts": upper_bound(alarms, len(prompts))}
+        info = replace(info, condition_thresholds=tuple(p.tolist()))
+    if runs is not None:
+        b = joint_thresholds(runs, (1 - CONDITION_SHARE) * rate if prompts is not None else rate, lowest)
+        alarms = int((runs > b).flatten(1).any(dim=1).sum())
+        proof |= {"clean_runs": len(runs), "upper_bound_runs": upper_bound(alarms, len(runs))}
+        info = replace(info, guidance_thresholds=tuple(tuple(row) for row in b.tolist()))
+    return replace(info, training={**info.training, "calibration": {**info.training.get("calibration", {}), **proof}})
+
+
+def calibrated_on_pictures(info: HGRInfo, clean: Tensor, rate: float, lowest: float = 0.02) -> HGRInfo:
+    """`info` with thresholds for detecting harm in pictures, from `detection.detect` of clean pictures with their prompts (N, K).
+
+    With the prompts, because every view then counts: a picture alone exceeds these thresholds no more often. `rate` is the
+    share of clean pictures that may be flagged, all categories together.
+    """
+    thresholds = joint_thresholds(clean, rate, lowest)
+    alarms = int((clean > thresholds).any(dim=1).sum())
+    proof = {"picture_rate": rate, "clean_pictures": len(clean), "upper_bound_pictures": upper_bound(alarms, len(clean))}
+    calibration = {**info.training.get("calibration", {}), **proof}
+    return replace(info, picture_thresholds=tuple(thresholds.tolist()), training={**info.training, "calibration": calibration})

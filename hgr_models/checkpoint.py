@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from .hgr import HGR, HGRInfo
 
 FORMAT_VERSION = 1
 KEY = "safecfg_hgr"  # of the metadata entry
+SAMPLED_TENSORS, SAMPLED_VALUES = 16, 256  # of a fingerprint
 
 
 def save_hgr(path: str | os.PathLike, hgr: HGR, dtype: torch.dtype = torch.float16) -> None:
@@ -88,6 +90,15 @@ def file_hash(path: str | os.PathLike) -> str:
     return _hash(os.fspath(path), stat.st_size, stat.st_mtime_ns)
 
 
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a sample of a network's weights by name: tells one base of a family from another, in fp32, fp16 or bf16."""
+    names, digest = sorted(weights), hashlib.sha256()
+    for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
+        values = weights[name].flatten()[:SAMPLED_VALUES].to(torch.bfloat16).float().cpu()
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise HGRError(f"There is no HGR file {path}. Put the .safetensors file into models/hgr.")
@@ -107,7 +118,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _info(values: dict) -> HGRInfo:
     known = {f.name for f in fields(HGRInfo)}
-    tuples = {k: tuple(v) for k, v in values.items() if k in ("categories", "condition_thresholds", "guidance_levels")}
+    lists = ("categories", "condition_thresholds", "guidance_levels", "picture_thresholds")
+    tuples = {k: tuple(v) for k, v in values.items() if k in lists}
     rows = tuple(tuple(row) for row in values["guidance_thresholds"])
     return HGRInfo(**{**{k: v for k, v in values.items() if k in known}, **tuples, "guidance_thresholds": rows})
 

@@ -43,6 +43,15 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+@torch.no_grad()
+def robust_units(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Center and scale (D,) of the channels of values (N, D): median and 1.48 median absolute deviations."""
+    center = values.float().median(dim=0).values
+    spread = 1.4826 * (values.float() - center).abs().median(dim=0).values
+    spread = torch.where(spread > 0, spread, values.float().std(dim=0, correction=0))  # mostly one value
+    return center, spread.clamp(min=max(1e-4, 0.05 * spread.median().item()))
+
+
 class ConditionRedirector(nn.Module):
     """Reads a prompt's tokens of any count; tells its harmfulness per category and the delta that makes it safe.
 
@@ -70,15 +79,13 @@ class ConditionRedirector(nn.Module):
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
 
-    @torch.no_grad()
     def measure(self, tokens: Tensor, pooled: Tensor | None = None) -> None:
-        """Sets the units from a sample of tokens (N, T, D) and pooled (N, P): median and 1.48 median absolute deviations."""
+        """Sets the units from a sample of tokens (N, T, D) and pooled (N, P)."""
         for name, values in (("token", tokens.reshape(-1, tokens.shape[-1])), ("pooled", pooled)):
             if values is not None:
-                center = values.float().median(dim=0).values
-                spread = 1.4826 * (values.float() - center).abs().median(dim=0).values
+                center, scale = robust_units(values)
                 getattr(self, f"{name}_center").copy_(center)
-                getattr(self, f"{name}_scale").copy_(spread.clamp(min=0.05 * spread.median()))
+                getattr(self, f"{name}_scale").copy_(scale)
 
     def _read(self, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None):
         """Features (B, N, width) of the present tokens and the pooled vector (last, if any), units z, attention bias."""

@@ -77,6 +77,7 @@ class Reading:
     direction_logits: Tensor
     picture_logits: Tensor
     places: Tensor  # logits (B, K, frames, h, w) of the direction per place, for heat maps
+    picture_places: Tensor  # and of the picture
     features: Tensor
     embedding: Tensor
     size: tuple[int, int]
@@ -132,7 +133,8 @@ class GuidanceRedirector(nn.Module):
         places = self.read_head(F.silu(self.read_norm(h))).float()  # (B * frames, 2 K, h, w)
         places = places.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 2 K, frames, h, w)
         direction_places, picture_places = places.chunk(2, dim=1)
-        return Reading(_pool(direction_places), _pool(picture_places), direction_places, h, embedding, (height, width), frames)
+        pooled = (_pool(direction_places), _pool(picture_places))
+        return Reading(*pooled, direction_places, picture_places, h, embedding, (height, width), frames)
 
     def correct(self, reading: Reading, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Attenuation (B, 1) in [0, 1] and residual (B, C, *spatial), float32, for category weights (B, K) in [0, 1]."""

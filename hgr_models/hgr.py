@@ -1,6 +1,7 @@
 """The Harmful Guidance Redirector: two networks and what is known about the model they belong to."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class HGRInfo:
     base: str = ""  # hash of the base model
     concept_prompts: dict[str, str] = field(default_factory=dict)
     training: dict = field(default_factory=dict)
+    picture_thresholds: tuple[float, ...] = ()  # (K,) of `detection.detect`; (): not calibrated on pictures
 
     def validate(self, file: str = "this HGR") -> None:
         """Raises HGRError when the fields contradict each other."""
@@ -40,11 +42,22 @@ class HGRInfo:
             raise HGRError(f"Expected {k} condition thresholds in {file}, but got {len(self.condition_thresholds)}.")
         if len(self.guidance_thresholds) != levels or any(len(row) != k for row in self.guidance_thresholds):
             raise HGRError(f"Expected {levels} x {k} guidance thresholds in {file}, but got {self.guidance_thresholds}.")
-        values = [*self.condition_thresholds, *(t for row in self.guidance_thresholds for t in row)]
+        if self.picture_thresholds and len(self.picture_thresholds) != k:
+            raise HGRError(f"Expected {k} picture thresholds in {file}, but got {len(self.picture_thresholds)}.")
+        rows = (self.condition_thresholds, self.picture_thresholds, *self.guidance_thresholds)
+        values = [threshold for row in rows for threshold in row]
         if not all(0 <= t <= 1 for t in values):
             raise HGRError(f"Expected thresholds from 0 to 1 in {file}, but got {values}. Calibrate it again.")
         if self.latent_dimensions not in (2, 3):
             raise HGRError(f"Expected latent_dimensions 2 or 3 in {file}, but got {self.latent_dimensions}.")
+
+
+def uncalibrated_info(facts: Mapping) -> HGRInfo:
+    """The metadata of an HGR for a recording, before calibration; `facts` are what its shards say about the model."""
+    known = {f.name for f in fields(HGRInfo)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in known}
+    k, levels = len(facts["categories"]), len(facts["guidance_levels"]) + 1
+    return HGRInfo(**values, condition_thresholds=(0.5,) * k, guidance_thresholds=((0.5,) * k,) * levels)
 
 
 class HGR(nn.Module):

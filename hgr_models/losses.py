@@ -1,12 +1,14 @@
 """The training objectives of both redirectors (DESIGN.md, "Training an HGR")."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .condition import ConditionRedirector
 from .guidance import GuidanceRedirector
-from .recording import Points, Predict, Prompts
-from .redirection import read_guidance
+from .recording import Points, Prompts
+from .redirection import RMS_FLOOR, read_guidance
 
 
 def mean_square(t: Tensor) -> Tensor:
@@ -14,46 +16,64 @@ def mean_square(t: Tensor) -> Tensor:
     return t.float().flatten(1).square().mean(dim=1)
 
 
-def condition_error(network: ConditionRedirector, predict: Predict, points: Points, prompts: Prompts) -> Tensor:
+# (points, prompts, tokens (B, T, D), pooled (B, P) or None) -> x0 prediction of the frozen denoiser, differentiable
+PredictWith = Callable[[Points, Prompts, Tensor, Tensor | None], Tensor]
+
+
+def condition_error(network: ConditionRedirector, predict: PredictWith, points: Points, prompts: Prompts) -> Tensor:
     """|[f(x, sigma, tokens_safe) - f(none)] - [f(x, sigma, partner) - f(none)]|^2 / rms^2 per sample (B,); differentiable.
 
     rms is that of both directions together, so that an error of 1 means as wrong as no redirection at all, about.
     """
-    delta, _ = network.delta(prompts.tokens, None, prompts.removed)
-    denoised = predict(points.x, points.sigma, prompts.tokens + delta)
-    size = mean_square(points.cond_denoised - points.uncond_denoised) + mean_square(
-        points.partner_denoised - points.uncond_denoised
-    )
-    floor = 1e-4 * points.sigma**2 / (1 + points.sigma**2)
-    return mean_square(denoised - points.partner_denoised) / (size / 2 + floor)
+    d_tokens, d_pooled = network.delta(prompts.tokens, prompts.pooled, prompts.removed, prompts.mask)
+    pooled = prompts.pooled if d_pooled is None else prompts.pooled + d_pooled
+    denoised = predict(points, prompts, prompts.tokens + d_tokens, pooled)
+    return mean_square(denoised - points.partner_denoised) / _size(points)
 
 
-def prompt_loss(network: ConditionRedirector, tokens: Tensor, harms: Tensor) -> Tensor:
-    """Cross-entropy of the prompts' harmfulness; tokens (B, T, D), harms (B, K)."""
-    return F.binary_cross_entropy_with_logits(network.harmfulness_logits(tokens), harms)
+def unredirected_error(points: Points) -> Tensor:
+    """`condition_error` of a redirector that does nothing, (B,): what there is to gain."""
+    return mean_square(points.cond_denoised - points.partner_denoised) / _size(points)
 
 
-def quiet_loss(network: ConditionRedirector, tokens: Tensor, weights: Tensor) -> Tensor:
+def _size(points: Points) -> Tensor:
+    """Mean square of the prompt's and the partner's direction together (B,), floored."""
+    both = mean_square(points.cond_denoised - points.uncond_denoised)
+    both = both + mean_square(points.partner_denoised - points.uncond_denoised)
+    return both / 2 + 1e-4 * points.sigma**2 / (1 + points.sigma**2)
+
+
+def prompt_loss(
+    network: ConditionRedirector, tokens: Tensor, harms: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the prompts' harmfulness, and its logits (B, K); tokens (B, T, D), harms (B, K)."""
+    logits = network.harmfulness_logits(tokens, pooled, mask)
+    return F.binary_cross_entropy_with_logits(logits, harms), logits
+
+
+def quiet_loss(
+    network: ConditionRedirector, tokens: Tensor, weights: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """|D|^2 on clean prompts, in the network's units: a false alarm should change little."""
-    delta, _ = network.delta(tokens, None, weights)
-    return (delta / network.token_scale).square().mean()
+    d_tokens, d_pooled = network.delta(tokens, pooled, weights, mask)
+    quiet = (d_tokens / network.token_scale).square().mean()
+    return quiet if d_pooled is None else quiet + (d_pooled / network.pooled_scale).square().mean()
 
 
 def guidance_losses(
     network: GuidanceRedirector,
     points: Points,
-    scale_input,
     harms: Tensor,
     weights: Tensor,
     target: Tensor,
     has_direction: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Error of the turned direction per sample (B,), cross-entropy of `b`, and of `q`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Error of the turned direction per sample (B,), cross-entropy of `b`, and of `q`, and the logits (B, K) of `b`.
 
     harms (B, K) of the direction, weights (B, K) to redirect with, target (B, C, *spatial): the x0 prediction to reach,
     has_direction (B,) 0 where g = 0 stands for a picture alone, which only `q` is taught with.
     """
-    x_in = scale_input(points.x, points.sigma)
+    x_in = points.x * points.c_in.view(-1, *[1] * (points.x.ndim - 1))
     keep = has_direction.view(-1, *[1] * (points.x.ndim - 1))
     cond = points.uncond_denoised + keep * (points.cond_denoised - points.uncond_denoised)
     direction, n, reading = read_guidance(network, cond, points.uncond_denoised, x_in, points.sigma)
@@ -63,7 +83,13 @@ def guidance_losses(
     error = mean_square(r - view(a) * direction - wanted) * has_direction
     b = F.binary_cross_entropy_with_logits(reading.direction_logits, harms, reduction="none").mean(dim=1) * has_direction
     q = F.binary_cross_entropy_with_logits(reading.picture_logits, points.shown, reduction="none").mean(dim=1)
-    return error, b.sum() / has_direction.sum().clamp(min=1), q.mean()
+    return error, b.sum() / has_direction.sum().clamp(min=1), q.mean(), reading.direction_logits
+
+
+def unredirected_guidance_error(points: Points) -> Tensor:
+    """The error of `guidance_losses` of a redirector that does nothing, (B,)."""
+    size = mean_square(points.cond_denoised - points.uncond_denoised).clamp(min=RMS_FLOOR**2)
+    return mean_square(points.cond_denoised - points.partner_denoised) / size
 
 
 def capped(error: Tensor, cap: float) -> Tensor:

@@ -4,7 +4,7 @@ A run follows the harmful prompt, its safe partner or the HGR in training (on-po
 latent is evaluated with the negative, the prompt and the partner, which is all that both networks need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,9 +25,11 @@ class Prompts:
     negative_tokens: Tensor  # (B, T, D)
     harms: Tensor  # (B, K) 1 where the prompt is harmful
     removed: Tensor  # (B, K) the subset of `harms` that the partner lacks
+    pooled: Tensor | None = None  # (B, P), of the prompt
+    mask: Tensor | None = None  # (B, T) attention mask of the prompt
 
     def __getitem__(self, index) -> "Prompts":
-        return Prompts(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Prompts(*(None if (value := getattr(self, f.name)) is None else value[index] for f in fields(self)))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,6 +41,7 @@ class Points:
 
     x: Tensor
     sigma: Tensor  # (N,)
+    c_in: Tensor  # (N,) the model's input scaling: it is given c_in * x (core's `calculate_input`)
     uncond_denoised: Tensor
     cond_denoised: Tensor
     partner_denoised: Tensor
@@ -59,29 +62,39 @@ class Points:
 @torch.no_grad()
 def record_runs(
     predict: Predict,
+    c_in: Callable[[Tensor], Tensor],
     prompts: Prompts,
     sigmas: Tensor,
     noise: Tensor,
     follow: str,
     cond_scale: Tensor,
     policy: Policy | None = None,
+    looks: Sequence[tuple[float, Tensor]] = (),
 ) -> Points:
     """Samples one batch of prompts along `sigmas` (steps + 1,) with Euler steps and records every step.
 
-    noise (B, C, *spatial); `follow` is "prompt", "partner" or "policy"; cond_scale (B,).
+    `c_in` gives the input scaling of noise levels (B,); noise (B, C, *spatial); `follow` is "prompt", "partner" or "policy";
+    cond_scale (B,). `looks` are noise levels and noise
+    (B, C, *spatial): the finished latents are noised to each and evaluated once more, as a detector will see pictures.
     """
     view = lambda t: t.view(-1, *[1] * (noise.ndim - 1))  # noqa: E731
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
     shown = {"prompt": prompts.harms}.get(follow, prompts.harms - prompts.removed)
     rows, count = torch.arange(len(prompts)), len(prompts)
-    tokens = torch.cat([prompts.negative_tokens, prompts.tokens, prompts.partner_tokens])
+    pairs = bool(prompts.removed.any())  # clean prompts are their own partners
+    tokens = torch.cat([prompts.negative_tokens, prompts.tokens, *([prompts.partner_tokens] if pairs else [])])
+    copies = 3 if pairs else 2
+
+    def point(x: Tensor, level: Tensor) -> Points:
+        uncond, cond, *partner = predict(torch.cat([x] * copies), level.repeat(copies), tokens).chunk(copies)
+        return Points(x, level, c_in(level), uncond, cond, partner[0] if pairs else cond, shown, rows)
+
     parts = []
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        level = sigma.expand(count)
-        uncond, cond, partner = predict(torch.cat([x] * 3), sigma.expand(3 * count), tokens).chunk(3)
-        parts.append(Points(x, level, uncond, cond, partner, shown, rows))
-        towards = {"prompt": cond, "partner": partner}.get(follow)
-        towards = policy(x, level, uncond, cond) if towards is None else towards
-        denoised = uncond + view(cond_scale) * (towards - uncond)
+        parts.append(at := point(x, sigma.expand(count)))
+        towards = {"prompt": at.cond_denoised, "partner": at.partner_denoised}.get(follow)
+        towards = policy(x, at.sigma, at.uncond_denoised, at.cond_denoised) if towards is None else towards
+        denoised = at.uncond_denoised + view(cond_scale) * (towards - at.uncond_denoised)
         x = x + (x - denoised) / sigma * (following - sigma)
+    parts += [point(x + level * again, x.new_full((count,), level)) for level, again in looks]
     return Points.cat(parts)

@@ -3,11 +3,24 @@
 from comfy_api.latest import ComfyExtension
 
 from .apply import Apply
+from .check_hgr import CheckHGR
+from .concept_guidance import ConceptGuidance
 from .demo_model import DemoModel
+from .detect_harm import DetectHarm
+from .detect_prompt import DetectPromptHarm
+from .fine_tune import FineTuneSafeLora
+from .image_gate import ImageGate
 from .loader import LoadHGR, register_folder
 from .prompt_batch import PromptBatch
+from .record_guidance import RecordGuidance
+from .report import Report
+from .roc_report import RocReport
+from .train_hgr import TrainHGR
 
-NODES = [LoadHGR, Apply, DemoModel, PromptBatch]
+NODES = [
+    LoadHGR, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, DetectHarm, ImageGate, RocReport, Report,
+    RecordGuidance, TrainHGR, CheckHGR, FineTuneSafeLora,
+]  # fmt: skip
 
 
 class SafeCFGExtension(ComfyExtension):

@@ -5,6 +5,7 @@ import logging
 from comfy_api.latest import io
 
 from .. import hgr_models
+from . import audit
 from .families import check_family
 from .runs import KEY, ApplySettings
 from .sampling_hooks import make_hooks, make_wrappers, put_hooks
@@ -17,6 +18,7 @@ def remove(model) -> bool:
     """Takes SafeCFG out of a MODEL that the caller owns; whether it was there."""
     was_there = KEY in model.additional_models
     model.remove_additional_models(KEY)
+    model.remove_attachments(KEY)
     for kind in list(model.wrappers):
         model.remove_wrappers_with_key(kind, KEY)
     if was_there:
@@ -27,6 +29,7 @@ def remove(model) -> bool:
 def install(model, patcher, settings: ApplySettings) -> None:
     """Puts SafeCFG into a MODEL that the caller owns."""
     model.set_additional_models(KEY, [patcher])
+    model.set_attachments(KEY, settings)  # SafeCFG Report asks for it
     put_hooks(model.model_options, make_hooks(settings))
     for kind, wrapper in make_wrappers(settings).items():
         model.add_wrapper_with_key(kind, KEY, wrapper)
@@ -69,19 +72,25 @@ class Apply(io.ComfyNode):
             description="Makes a model's guidance safe: what the HGR recognises as harmful is turned into the safe version of the "
             "same prompt. Pictures that are not flagged stay identical to the last bit. Put it last before the sampler.",
             search_aliases=["safety", "nsfw filter", "safe guidance", "safe latent diffusion"],
-            inputs=[*_model_inputs(), *_strength_inputs(), *_time_inputs(), *_how_inputs()],
+            inputs=[*_model_inputs(), *_strength_inputs(), *_time_inputs(), *_how_inputs(), _audit_input()],
             outputs=[io.Model.Output(tooltip="The model with SafeCFG, for any sampler or guider.")],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # two equal nodes have a meter each
         )
 
     @classmethod
     def execute(
-        cls, model, hgr, strength, threshold_offset, start_percent, end_percent, redirect, categories, strict, remember_flagged
-    ):
+        cls, model, hgr, strength, threshold_offset, start_percent, end_percent, redirect, categories, strict, remember_flagged,
+        audit_log=audit.OFF,
+    ):  # fmt: skip
         if not start_percent < end_percent:
             raise ValueError(f"Expected start_percent below end_percent, but got {start_percent} and {end_percent}.")
         strengths = hgr_models.parse_categories(categories, hgr.info.categories, strength)
         chosen = hgr_models.CategorySettings(strengths, threshold_offset)
-        settings = ApplySettings(hgr.info, chosen, redirect, start_percent, end_percent, strict, remember_flagged)
+        settings = ApplySettings(
+            hgr.info, chosen, redirect, start_percent, end_percent, strict, remember_flagged,
+            audit_log, hgr.hash, getattr(cls.hidden, "unique_id", None),
+        )  # fmt: skip
         return io.NodeOutput(apply(model, hgr, settings))
 
 
@@ -172,8 +181,22 @@ def _how_inputs() -> list:
         make_input(
             io.Boolean,
             "remember_flagged",
-            default=False,
+            default=True,
             advanced=True,
-            tooltip="Once the guidance redirector has flagged a category of a picture, it stays flagged to the end of the run.",
+            tooltip="Once the guidance redirector has flagged a category of a picture, it stays flagged to the end of the run. Off: every step "
+            "is judged alone; a picture near the threshold is then redirected in some steps only.",
         ),
     ]
+
+
+def _audit_input():
+    return make_input(
+        io.Combo,
+        "audit_log",
+        options=list(audit.LEVELS),
+        default=audit.OFF,
+        optional=True,
+        advanced=True,
+        tooltip="Appends a line per image to output/safecfg_audit.jsonl: time, seed, HGR, scores per category, redirected or not. "
+        "scores and prompt: the text of the positive prompts too. Whoever can see the output folder can read it.",
+    )

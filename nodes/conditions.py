@@ -28,7 +28,7 @@ def redirect_conditions(run: Run, patcher, conds: dict[str, list[dict]]) -> dict
     ]
     if not found:
         return conds
-    flags = _read_flags(run, [result for _, _, result in found])
+    flags = _read_flags(run, [(role, result) for role, _, result in found])
     conds = {role: list(entries) for role, entries in conds.items()}
     originals = []
     for (role, index, result), flagged in zip(found, flags, strict=True):
@@ -56,12 +56,23 @@ def _redirect(run: Run, patcher, text: Text) -> hgr_models.ConditionResult:
     return hgr_models.redirect_condition(patcher.model, tokens, pooled, run.settings.categories, mask)
 
 
-def _read_flags(run: Run, results: list[hgr_models.ConditionResult]) -> list[bool]:
-    """Per condition: is any of its rows flagged? The only time that the host waits for the condition redirector."""
-    flags = torch.stack([torch.stack([(r.weights > 0).any(), torch.isfinite(r.harmfulness).all()]) for r in results]).tolist()
-    if not all(finite for _, finite in flags):
+def _read_flags(run: Run, results: list[tuple[str, hgr_models.ConditionResult]]) -> list[bool]:
+    """Per condition: is any of its rows flagged? The only time that the host waits for the condition redirector.
+
+    The run's readings get what was read, with the condition's role.
+    """
+    flat = torch.cat([torch.stack([r.harmfulness.float(), r.weights.float()]).flatten() for _, r in results]).cpu().numpy()
+    ends = np.cumsum([2 * r.harmfulness.numel() for _, r in results])
+    flags, finite = [], True
+    for (role, result), values in zip(results, np.split(flat, ends[:-1]), strict=True):
+        harmfulness, weights = values.reshape(2, *result.harmfulness.shape)
+        run.readings.prompts.append((role, harmfulness.copy(), weights.copy()))
+        flags.append(bool((weights > 0).any()))
+        finite = finite and bool(np.isfinite(harmfulness).all())
+    if not finite:
         run.notice("the condition redirector gave values that are not finite (NaN or infinity) for this prompt.")
-    return [flagged for flagged, _ in flags]
+    run.meter.show_prompts()
+    return flags
 
 
 def _rewritten(original: dict, result: hgr_models.ConditionResult) -> dict:

@@ -102,6 +102,23 @@ def check_family(model, info: hgr_models.HGRInfo) -> None:
         )
 
 
+def base_of_model(model) -> str:
+    """The fingerprint of a MODEL's weights, without those that a LoRA or another patch changes."""
+    patched = {str(key).removeprefix("diffusion_model.") for key in model.patches}
+    weights = model.model.diffusion_model.state_dict()
+    return hgr_models.fingerprint({k: v for k, v in weights.items() if k not in patched})
+
+
+def other_base(model, info: hgr_models.HGRInfo) -> str | None:
+    """What to tell the user of a MODEL that is not the one an HGR was trained on; None when it is."""
+    if not info.base or (base_of_model(model) == info.base and not model.patches):
+        return None
+    return (
+        "this HGR was trained on another base of the same family, or without this LoRA: it may miss harm or touch clean pictures. "
+        "SafeCFG Check HGR measures how well it fits, and can save thresholds that do."
+    )
+
+
 def read_text(condition: dict, info: hgr_models.HGRInfo) -> tuple[Text | None, list[str]]:
     """A condition's text (None: it has none), and what in it cannot be redirected, in words.
 

@@ -116,10 +116,11 @@ def redirect(
         return cond_denoised
     x_in = model.model_sampling.calculate_input(sigma, x)
     sigmas = sigma.flatten().expand(len(x)) if sigma.numel() == 1 else sigma
-    tensors = (t.to(patcher.load_device) for t in (cond_denoised, uncond_denoised, x_in, sigmas))
+    tensors = [t.to(patcher.load_device) for t in (cond_denoised, uncond_denoised, x_in, sigmas)]
     flagged = run.flagged.get(direction)
     flagged = flagged if flagged is not None and len(flagged) == len(x) else None
     result = hgr_models.redirect_guidance(patcher.model, *tensors, run.settings.categories, flagged)
+    run.meter.show_step(run.evaluation, run.readings.add(run.evaluation, tensors[3], tensors[0], tensors[1], result))
     if run.settings.remember_flagged:
         run.flagged[direction] = result.weights
     if run.probing:

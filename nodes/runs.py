@@ -7,10 +7,11 @@ import logging
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import hgr_models
+from .meter import Meter
+from .readings import Lagged, Readings
 
 KEY = "safecfg"  # of wrappers, additional models and the run in model_options
 NEGATIVE_ROLES = ("negative", "empty_negative_prompt")  # every other role of a guider's conditions is a prompt to draw
@@ -34,6 +35,14 @@ class ApplySettings:
     end_percent: float = 1.0
     strict: bool = False
     remember_flagged: bool = False
+    audit_log: str = "off"  # audit.LEVELS
+    hgr_hash: str = ""
+    node_id: str | None = None  # of the SafeCFG Apply node that asked, for its meter
+
+    @property
+    def identity(self) -> tuple:
+        """What decides about the pictures: equal for two executions of the same node."""
+        return self.hgr_hash, self.categories, self.redirect, self.start_percent, self.end_percent, self.remember_flagged
 
     @property
     def by_condition(self) -> bool:
@@ -82,31 +91,6 @@ def is_active(conditions: list[dict] | None, sigma: Tensor) -> bool:
     return any((start is None or now <= _float32(start)) and (end is None or now >= _float32(end)) for start, end in bounds)
 
 
-class LaggedFlag:
-    """A boolean of the GPU, read one step later, so that the host does not wait for the step that computes it."""
-
-    def __init__(self):
-        self._value: Tensor | None = None
-        self._event = None
-
-    def put(self, flag: Tensor) -> None:
-        self._value, self._event = flag, None
-        if flag.is_cuda:
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._value.copy_(flag, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def take(self) -> bool:
-        """The flag last put (False: none), and forgets it."""
-        value, self._value = self._value, None
-        if value is None:
-            return False
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(value)
-
-
 @dataclass(eq=False)
 class Run:
     """One sampling run. Evaluation: one call of the model with all its conditions."""
@@ -117,15 +101,21 @@ class Run:
     steps: int = 1  # inside the window
     probes: int = 0  # evaluations inside the window that came without a negative
     probing: bool = False  # the next redirection is of a direction that a probe gave
-    flagged_probe: LaggedFlag = field(default_factory=LaggedFlag)
+    flagged_probe: Lagged = field(default_factory=Lagged)
     flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
+    evaluation: int = 0  # how many there were, this one included
     saw_conditions: bool = False
     split_roles: list[tuple[str, object]] = field(default_factory=list)  # (role, uuid) of conditions to split by time
     evaluated: bool = False  # this evaluation: the model ran
     handled: bool = False  # this evaluation: a hook saw the guidance
     handled_input: Tensor | None = None
     input: Tensor | None = None
+    last_denoised: Tensor | None = None  # the sampler's last denoised latent
     noticed: set[str] = field(default_factory=set)
+
+    def __post_init__(self):
+        self.readings = Readings(self.settings.info, self.settings.categories)
+        self.meter = Meter(self.settings.node_id, self.readings)
 
     @property
     def guider_name(self) -> str:
@@ -147,6 +137,7 @@ class Run:
     def begin(self, x: Tensor) -> None:
         """A new evaluation of the latent x."""
         self.evaluated = self.handled = False
+        self.evaluation += 1
         self.input, self.handled_input = x, None
 
     def end(self) -> None:
@@ -164,14 +155,18 @@ class Run:
         """Counts an evaluation without a negative; True at the probes, and as long as the last one was flagged."""
         due = {int(part * self.steps) for part in PROBES}
         self.probes += 1
-        return self.flagged_probe.take() or self.probes - 1 in due
+        flagged = self.flagged_probe.take()
+        return (flagged is not None and bool(flagged)) or self.probes - 1 in due
 
     def clear(self) -> None:
         """Lets go of everything that belongs to the run."""
         self.guider = None
         self.flagged.clear()
         self.split_roles.clear()
-        self.flagged_probe = LaggedFlag()
+        self.flagged_probe = Lagged()
+        self.last_denoised = None
+        self.readings.clear()
+        self.meter.clear()
         self.end()
 
 

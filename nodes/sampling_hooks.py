@@ -6,7 +6,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from . import conditions, guidance_hooks
+from . import audit, conditions, guidance_hooks, traces
 from .families import check_family
 from .runs import KEY, NEGATIVE_ROLES, ApplySettings, Run, Window, patcher_of, run_of
 
@@ -48,20 +48,25 @@ def make_wrappers(settings: ApplySettings) -> dict:
 def make_outer_sample(settings: ApplySettings):
     """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
 
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    def outer_sample(
+        executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None, **kwargs
+    ):
         guider, options = executor.class_obj, executor.class_obj.model_options
         if _is_training(sampler):
             put_hooks(options, {})
             logger.warning("SafeCFG: not applied while training: a LoRA learns from the model as it is.")
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
         check_family(guider.model_patcher, settings.info)  # a node after Apply may have patched the sampling
         put_hooks(options, make_hooks(settings))
         run = options[KEY] = _start_run(settings, guider, sigmas)
         try:
             _notice_missing_negative(run)
-            output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            _audit(run, [])
+            callback = _keep_denoised(run, callback)
+            output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
             if not torch.isfinite(output).all():
                 run.notice("the latents of this run are not finite (NaN or infinity); do not use the picture.")
+            _finish(run, output, seed)
             return output
         finally:
             options.pop(KEY, None)
@@ -74,7 +79,50 @@ def _start_run(settings: ApplySettings, guider, sigmas) -> Run:
     sampling = guider.model_patcher.get_model_object("model_sampling")
     window = Window.of(sampling, settings.start_percent, settings.end_percent)
     steps = sum(map(window.contains, sigmas[:-1].cpu()))
-    return Run(settings, guider, window, max(1, steps))
+    run = Run(settings, guider, window, max(1, steps))
+    run.meter.steps = max(1, len(sigmas) - 1)
+    return run
+
+
+def _keep_denoised(run: Run, callback):
+    """A sampler's callback that keeps the last denoised latent for the run's end: SamplerCustom's second output is made of it."""
+    if callback is None:
+        return None
+
+    def keep_denoised(step, x0, *args, **kwargs):
+        run.last_denoised = x0
+        return callback(step, x0, *args, **kwargs)
+
+    return keep_denoised
+
+
+def _finish(run: Run, output: torch.Tensor, seed: int | None) -> None:
+    """Stores what happened, by every latent that the sampler node may return for this run; tells the log and the front end."""
+    settings = run.settings
+    found = run.readings.finish(len(output), seed, settings.hgr_hash)
+    latents = [output]
+    intermediate_dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: output.dtype)()
+    if intermediate_dtype != output.dtype:
+        latents.append(output.to(intermediate_dtype))  # as a host with such latents returns it
+    if run.last_denoised is not None:
+        latents.append(run.guider.model_patcher.model.process_latent_out(run.last_denoised.cpu()))  # as SamplerCustom does
+    traces.remember(found, settings.identity, latents)
+    _audit(run, found)
+    run.meter.show_end(found)
+
+
+def _audit(run: Run, found: list[traces.ImageTrace]) -> None:
+    """Writes a run's images to the audit log, or, before it has any, only sees whether that will be possible."""
+    level = run.settings.audit_log
+    if level == audit.OFF:
+        return
+    try:
+        audit.append(audit.records(found, level))
+    except OSError as error:
+        run.notice(
+            f"the audit log {audit.path()} cannot be written ({error}): this run is not recorded. "
+            "Make the folder writable, or set `audit_log` to off."
+        )
 
 
 def _notice_missing_negative(run: Run) -> None:

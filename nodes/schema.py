@@ -9,6 +9,7 @@ import inspect
 from comfy_api.latest import io
 
 HGR_TYPE = io.Custom("HGR_MODEL")
+PROMPTS_TYPE = io.Custom("PROMPT_PAIRS")
 CATEGORY = "SafeCFG"
 
 

@@ -1,12 +1,14 @@
 """Recording, losses and calibration: closed forms, and a toy model whose harm both networks learn to remove."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, losses, redirect_condition, redirect_guidance
-from hgr_models.calibration import calibrated, quantile_thresholds, upper_bound
+from hgr_models.calibration import calibrated, joint_thresholds, upper_bound
 from hgr_models.recording import Points, Prompts, record_runs
 
 HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
@@ -18,8 +20,12 @@ def predict(x, sigma, tokens):
     return 0.1 * x + content.view(-1, 4, 2, 2).repeat(1, 1, 2, 2) * (1 + 0.1 * sigma.view(-1, 1, 1, 1))
 
 
-def scale_input(x, sigma):
-    return x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
+def predict_with(points, prompts, tokens, pooled):
+    return predict(points.x, points.sigma, tokens)
+
+
+def c_in(sigma):
+    return (sigma**2 + 1).rsqrt()
 
 
 def toy_prompts(count):
@@ -32,7 +38,7 @@ def toy_prompts(count):
 def toy_points(prompts, follow="prompt", policy=None):
     noise = torch.randn(len(prompts), 4, 4, 4)
     return record_runs(
-        predict, prompts, torch.tensor([5.0, 2.0, 0.5, 0.0]), noise, follow, torch.full((len(prompts),), 3.0), policy
+        predict, c_in, prompts, torch.tensor([5.0, 2.0, 0.5, 0.0]), noise, follow, torch.full((len(prompts),), 3.0), policy
     )
 
 
@@ -68,10 +74,10 @@ def test_condition_redirector_learns_the_partner():
     points = toy_points(prompts)
     clean = prompts.partner_tokens
     optimiser = torch.optim.Adam(network.parameters(), lr=5e-3)
-    before = losses.condition_error(network, predict, points, prompts[points.prompt]).mean().item()
+    before = losses.condition_error(network, predict_with, points, prompts[points.prompt]).mean().item()
     for _ in range(150):
-        error = losses.condition_error(network, predict, points, prompts[points.prompt])
-        read = losses.prompt_loss(network, torch.cat([prompts.tokens, clean]), torch.cat([prompts.harms, 0 * prompts.harms]))
+        error = losses.condition_error(network, predict_with, points, prompts[points.prompt])
+        read, _ = losses.prompt_loss(network, torch.cat([prompts.tokens, clean]), torch.cat([prompts.harms, 0 * prompts.harms]))
         loss = losses.capped(error, 5.0) + read + losses.quiet_loss(network, clean, prompts.removed)
         optimiser.zero_grad()
         loss.backward()
@@ -87,28 +93,18 @@ def test_guidance_redirector_learns_the_partner():
     hgr = small_hgr(zero=True).requires_grad_(True)
     prompts = toy_prompts(16)
     points = toy_points(prompts)
-    partner = Points(
-        points.x,
-        points.sigma,
-        points.uncond_denoised,
-        points.partner_denoised,
-        points.partner_denoised,
-        points.shown,
-        points.prompt,
-    )
+    partner = replace(points, cond_denoised=points.partner_denoised)
     both, nothing = Points.cat([points, partner]), torch.zeros(len(points), 2)
     harms = torch.cat([prompts.harms[points.prompt], nothing])
     optimiser, first = torch.optim.Adam(hgr.guidance.parameters(), lr=5e-3), None
     for _ in range(120):
-        error, b, q = losses.guidance_losses(
-            hgr.guidance, both, scale_input, harms, harms, both.partner_denoised, torch.ones(len(both))
-        )
+        error, b, q, _ = losses.guidance_losses(hgr.guidance, both, harms, harms, both.partner_denoised, torch.ones(len(both)))
         first = first or error.mean().item()
         optimiser.zero_grad()
         (error.mean() + b).backward()
         optimiser.step()
     assert error.mean().item() < 0.2 * first and b.item() < 0.1
-    x_in = scale_input(both.x, both.sigma)
+    x_in = both.x * both.c_in.view(-1, 1, 1, 1)
     result = redirect_guidance(hgr, both.cond_denoised, both.uncond_denoised, x_in, both.sigma, CategorySettings((1.0, 1.0)))
     assert (result.weights == harms).float().mean() > 0.95
     half = len(points)
@@ -121,21 +117,26 @@ def test_no_direction_teaches_only_the_picture():
     points = toy_points(prompts)
     none = torch.zeros(len(points))
     harms = prompts.harms[points.prompt]
-    error, b, q = losses.guidance_losses(hgr.guidance, points, scale_input, harms, harms, points.partner_denoised, none)
+    error, b, q, _ = losses.guidance_losses(hgr.guidance, points, harms, harms, points.partner_denoised, none)
     assert not error.any() and b.item() == 0 and q.item() > 0
 
 
-def test_thresholds_let_the_wanted_share_through():
-    clean = torch.stack([torch.linspace(0, 0.9, 1000), torch.linspace(0, 0.5, 1000)], dim=1)
-    thresholds = quantile_thresholds(clean, rate=0.02, lowest=0.02)
-    shares = (clean > thresholds).float().mean(dim=0)
-    assert ((shares > 0.005) & (shares <= 0.0101)).all()
+def test_thresholds_let_the_wanted_share_through_of_all_cells_together():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, 2, generator=generator) * torch.tensor([[1.0, 5.0], [0.5, 2.0], [3.0, 1.0]]) - 4
+    logits[:, 1, 1] = logits[:, 0, 1]  # alarms in two cells at once count once
+    fitted, others = logits.sigmoid().chunk(2)
+    thresholds = joint_thresholds(fitted, rate=0.02, lowest=1e-6)
+    assert (fitted > thresholds).flatten(1).any(dim=1).float().mean().item() == pytest.approx(0.02, abs=1e-6)
+    assert (others > thresholds).flatten(1).any(dim=1).float().mean().item() == pytest.approx(0.02, abs=0.01)
+    assert ((others > thresholds).float().mean(dim=0) > 0.0005).all()  # every cell has its part
 
 
 def test_a_small_sample_gets_a_margin_above_its_maximum():
-    thresholds = quantile_thresholds(torch.tensor([[0.5, 0.001]] * 10), rate=0.01, lowest=0.02)
-    assert thresholds[0].item() == pytest.approx(0.6225, abs=1e-3)  # logit 0 + 0.5
-    assert thresholds[1].item() == pytest.approx(0.02)
+    clean = torch.linspace(0.01, 0.6, 40)[:, None]
+    assert 0.62 < joint_thresholds(clean, rate=0.01, lowest=0.02).item() < 0.99
+    assert joint_thresholds(torch.full((10, 2), 1e-6), rate=0.5, lowest=0.02).tolist() == pytest.approx([0.02, 0.02])
+    assert joint_thresholds(torch.ones(10, 2), rate=0.5, lowest=0.02).max() < 1
 
 
 def test_upper_bound_of_a_rate():
@@ -145,9 +146,17 @@ def test_upper_bound_of_a_rate():
 
 def test_calibration_counts_its_own_alarms():
     hgr = small_hgr()
-    runs = torch.full((200, 2, 2), 0.1)
-    runs[0, 0, 0] = 0.99
-    new = calibrated(hgr, torch.full((500, 2), 0.3), runs, rate=0.05)
-    assert new.condition_thresholds == pytest.approx((0.3, 0.3))
-    assert len(new.guidance_thresholds) == 2
-    assert new.training["calibration"]["upper_bound_runs"] > 0.0
+    runs = torch.linspace(0.01, 0.2, 200)[:, None, None].repeat(1, 2, 2)
+    runs[0, 0, 0] = runs[1, 1, 0] = 0.99
+    new = calibrated(hgr, torch.linspace(0.01, 0.3, 500)[:, None].repeat(1, 2), runs, rate=0.02)
+    assert 0.29 < new.condition_thresholds[0] < 0.3
+    assert len(new.guidance_thresholds) == 2 and new.guidance_thresholds[0][0] < 0.99
+    proof = new.training["calibration"]
+    assert proof["upper_bound_prompts"] == pytest.approx(upper_bound(2, 500))
+    assert proof["upper_bound_runs"] == pytest.approx(upper_bound(3, 200))
+
+
+def test_calibration_of_one_network_leaves_the_other():
+    hgr = small_hgr()
+    new = calibrated(hgr, torch.rand(100, 2), None, rate=0.05)
+    assert new.guidance_thresholds == hgr.info.guidance_thresholds and "clean_runs" not in new.training["calibration"]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm, trange
 
+from hgr_models.training import Averaged, learning_rate
+
 from .. import world
 from ..autoencoder import LATENT_SCALE, Autoencoder
 from ..files import WEIGHTS, load_module, pictures_to_tensor, save_weights
@@ -15,7 +17,7 @@ from ..sampling import SIGMAS, scale_input
 from ..text_encoder import TextEncoder
 from ..unet import UNet, UNetConfig
 from ..words import Vocabulary, chunks, tokenize
-from .common import Averaged, learning_rate, random_names
+from .common import random_names
 
 SCENES, BATCH, DROPPED_CAPTIONS = 24_000, 32, 0.12
 

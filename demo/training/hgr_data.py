@@ -2,19 +2,24 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgr_models.recording import Points, Policy, Prompts, record_runs
+from hgr_models.losses import PredictWith
+from hgr_models.recording import Policy, Prompts, record_runs
+from hgr_models.shards import Texts, write_runs, write_texts
 
 from .. import prompts as p
 from .. import world
 from ..pipeline import LATENT_SHAPE, DemoModel
-from ..sampling import normal_schedule
+from ..sampling import input_scaling, normal_schedule
 
 STEPS, BATCH = 8, 40  # of a recorded run; runs per batch
+LOOKS, LOOK_SIGMAS = 2, (0.3, 2.5)  # how often, and at which noise levels, a finished run is looked at as a picture
+ABOUT = {"model": "the demo's"}
 
 
 def labels(categories: frozenset[str]) -> Tensor:
@@ -40,33 +45,43 @@ def _negative(rng: random.Random) -> str:
     return ", ".join(rng.choice((*p.HARM_WORDS[c], *world.CATEGORIES)) for c in rng.sample(world.CATEGORIES, 2))
 
 
-def disguise(tokens: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Tokens (B, T, D) of which `share` are perturbed: what text no longer shows, the direction still must."""
-    size = tokens.std() * torch.rand(len(tokens), 1, 1, generator=generator).to(tokens.device) * 0.5
-    hit = (torch.rand(len(tokens), 1, 1, generator=generator) < share).to(tokens.device)
-    return torch.where(hit, tokens + size * torch.randn(tokens.shape, generator=generator).to(tokens.device), tokens)
-
-
 def record(
     model: DemoModel,
     prompts: Prompts,
+    kind: str,
     follow: Callable[[int], str],
     policy: Policy | None,
     generator: torch.Generator,
+    folder: Path,
     title: str,
-) -> Points:
-    """Runs of all prompts in batches of BATCH; `follow(i)` says what batch i follows. `Points.prompt` indexes `prompts`."""
-    parts = []
+) -> None:
+    """Writes runs of all prompts as shards, in batches of BATCH; `follow(i)` says what batch i follows."""
     for i, start in enumerate(tqdm(range(0, len(prompts), BATCH), desc=title)):
         chunk = prompts[slice(start, start + BATCH)]
         shift = torch.rand(1, generator=generator).item()  # other noise levels in every batch
         sigmas = normal_schedule(STEPS + 1)
-        sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift / 2) * sigmas[:-2] ** (shift / 2), sigmas[-1:]]).to(
-            model.device
-        )
+        sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift / 2) * sigmas[:-2] ** (shift / 2), sigmas[-1:]])
         noise = torch.randn(len(chunk), *LATENT_SHAPE, generator=generator).to(model.device)
         cond_scale = 3 + 4 * torch.rand(len(chunk), generator=generator).to(model.device)
-        points = record_runs(model.denoised, chunk, sigmas, noise, follow(i), cond_scale, policy)
-        points.prompt = points.prompt + start
-        parts.append(points)
-    return Points.cat(parts)
+        looks = []
+        for _ in range(LOOKS):
+            part = torch.rand(1, generator=generator).item()
+            level = LOOK_SIGMAS[0] * (LOOK_SIGMAS[1] / LOOK_SIGMAS[0]) ** part
+            looks.append((level, torch.randn(noise.shape, generator=generator).to(model.device)))
+        points = record_runs(
+            model.denoised, input_scaling, chunk, sigmas.to(model.device), noise, follow(i), cond_scale, policy, looks
+        )
+        write_runs(folder / f"{title.replace(' ', '_')}-{i:03d}.safetensors", kind, points, chunk, ABOUT)
+
+
+def write_prompts(model: DemoModel, pairs: list[p.Pair], folder: Path, name: str) -> None:
+    """Writes the encoded prompts of pairs, all of them harmful or all clean, as a shard."""
+    harms = torch.stack([labels(pair.harms) for pair in pairs])
+    tokens = model.encode([pair.prompt for pair in pairs])
+    write_texts(folder / f"texts_{name}.safetensors", Texts(tokens, None, None, harms), ABOUT)
+
+
+def frozen(device: torch.device) -> PredictWith:
+    """The demo's denoiser for `python -m hgr_models.train --model demo.training.hgr_data:frozen`, in bf16."""
+    denoise = torch.autocast(device.type, torch.bfloat16)(DemoModel.load(str(device)).denoised)
+    return lambda points, prompts, tokens, pooled: denoise(points.x, points.sigma, tokens)

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
+from hgr_models.training import learning_rate
+
 from .. import world
 from ..autoencoder import Autoencoder
 from ..files import WEIGHTS, load_module, pictures_to_tensor, save_weights
 from ..judge import Judge
-from .common import learning_rate
 
 POOL = 3000  # reconstructions made beforehand: they cost more than a training step
 

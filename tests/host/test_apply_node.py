@@ -8,7 +8,7 @@ from fakes import make_hgr
 
 WIDGETS = {
     "strength": 1.0, "threshold_offset": 0.0, "start_percent": 0.0, "end_percent": 1.0, "redirect": "both", "categories": "",
-    "strict": False, "remember_flagged": False,
+    "strict": False, "remember_flagged": True,
 }  # fmt: skip
 
 
@@ -29,10 +29,10 @@ def test_defaults_are_the_schemas():
 
 def test_widgets_become_settings(tiny_model):
     widgets = {"strength": 0.5, "threshold_offset": -0.1, "categories": "red = 0.5; blue = off", "start_percent": 0.1}
-    settings = settings_of(run(tiny_model, **widgets, redirect="guidance", strict=True, remember_flagged=True))
+    settings = settings_of(run(tiny_model, **widgets, redirect="guidance", strict=True, remember_flagged=False))
     assert settings.categories.strengths == (0.25, 0.0) and settings.categories.threshold_offset == -0.1
     assert (settings.start_percent, settings.end_percent, settings.redirect) == (0.1, 1.0, "guidance")
-    assert settings.strict and settings.remember_flagged and settings.by_guidance and not settings.by_condition
+    assert settings.strict and not settings.remember_flagged and settings.by_guidance and not settings.by_condition
 
 
 def test_all_categories_off_is_no_node(tiny_model):

@@ -1,0 +1,181 @@
+"""LoRA: small trainable additions to the linear and convolutional layers of any network, whose own weights stay untouched.
+
+    layer'(x) = layer(x) + alpha / rank * up(down(x))       up is zero at first: then nothing changes, to the last bit
+
+arXiv 2106.09685. Stored in the key format that ComfyUI's own loaders read: `diffusion_model.<layer>.lora_up.weight`,
+`.lora_down.weight` and `.alpha`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import HGRError
+
+KEY = "safecfg_lora"  # of the metadata entry
+PREFIX = "diffusion_model."
+UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+LINEAR, ALL = "linear", "linear and conv"
+LAYERS = (ALL, LINEAR)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Rank and strength (alpha / rank) of every adapter, and the layers that get one, of `LAYERS`."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    layers: str = ALL
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer maps `in_features` to `out_features`: torch's, and those that hosts derive or rebuild (quantised ones)."""
+    return isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int)
+
+
+def is_conv(layer: nn.Module) -> bool:
+    """Whether a layer is a 2-D convolution whose LoRA can be merged into its weight: not grouped, padded with zeros."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+
+
+class Adapter(nn.Module):
+    """What is added to one layer: `scale * up(down(x))`; x (..., in) or (B, in, H, W) in the layer's dtype, which is kept."""
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float):
+        super().__init__()
+        self.down, self.up, self.scale = nn.Parameter(down), nn.Parameter(up), scale
+
+    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if down.ndim == 2:
+            return self.scale * F.linear(F.linear(x, down), up)
+        # A host may have changed the layer's padding since (seamless textures), so it is read now.
+        return self.scale * F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation), up)
+
+
+def _adapter(layer: nn.Module, settings: LoraSettings, generator: torch.Generator) -> Adapter:
+    """A new adapter: `down` uniform as torch's own layers are, `up` zero. Its rank is at most the layer's own."""
+    if is_conv(layer):
+        inner, ends = (layer.in_channels, *layer.kernel_size), (1, 1)
+        outer = layer.out_channels
+    else:
+        inner, ends, outer = (layer.in_features,), (), layer.out_features
+    fan_in = torch.Size(inner).numel()
+    rank = min(settings.rank, fan_in, outer)
+    down = torch.empty(rank, *inner).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+    return Adapter(down, torch.zeros(outer, rank, *ends), settings.alpha / settings.rank)
+
+
+class LoRA(nn.Module):
+    """Adapters by the names of the layers they belong to. It holds no layer: attach it to any network with those names."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]):
+        super().__init__()
+        self.names, self.adapters, self.on = tuple(adapters), nn.ModuleList(adapters.values()), True
+
+    @contextmanager
+    def attached(self, network: nn.Module) -> Iterator["LoRA"]:
+        """Adds to the network's layers, for a while. Raises HGRError when it lacks one of them."""
+        handles = []
+        try:
+            for name, adapter in zip(self.names, self.adapters, strict=True):
+                handles.append(_layer(network, name).register_forward_hook(self._hook(adapter)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, adapter: Adapter):
+        def add(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            return output + adapter(inputs[0], layer).to(output.dtype) if self.on else None
+
+        return add
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The network alone, to the last bit, although this is attached."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def tensors(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+        """Copies on the CPU in ComfyUI's key format."""
+        found = {}
+        for name, adapter in zip(self.names, self.adapters, strict=True):
+            up, down = (t.detach().to("cpu", dtype, copy=True) for t in (adapter.up, adapter.down))
+            alpha = torch.tensor(adapter.scale * len(down), dtype=torch.float32)
+            found |= {f"{PREFIX}{name}{UP}": up, f"{PREFIX}{name}{DOWN}": down, f"{PREFIX}{name}{ALPHA}": alpha}
+        return found
+
+
+def _layer(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError as error:
+        raise HGRError(
+            f"This LoRA has an adapter for the layer {name!r}, which this network lacks. Use it with the model that it was trained for."
+        ) from error
+
+
+def new_lora(network: nn.Module, settings: LoraSettings, seed: int) -> LoRA:
+    """A LoRA in float32 on the CPU that changes nothing yet; the same seed gives the same adapters."""
+    if settings.layers not in LAYERS:
+        raise HGRError(f"Expected the layers of a LoRA to be one of {', '.join(LAYERS)}, but got {settings.layers!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    wanted = (is_linear, is_conv) if settings.layers == ALL else (is_linear,)
+    found = {name: layer for name, layer in network.named_modules() if any(is_kind(layer) for is_kind in wanted)}
+    if not found:
+        raise HGRError(f"This network ({type(network).__name__}) has no layers that a LoRA could be added to.")
+    return LoRA({name: _adapter(layer, settings, generator) for name, layer in found.items()})
+
+
+def lora_from(tensors: Mapping[str, Tensor]) -> LoRA:
+    """The LoRA of tensors in ComfyUI's key format, in float32. Raises HGRError when a tensor is missing or strange."""
+    names = [key.removesuffix(UP) for key in tensors if key.endswith(UP)]
+    strange = sorted(tensors.keys() - {name + end for name in names for end in (UP, DOWN, ALPHA)})
+    if not names or strange or not all(name.startswith(PREFIX) for name in names):
+        raise HGRError(
+            f"Expected a LoRA with keys such as {PREFIX}<layer>{UP}, but got {strange[:1] or names[:1] or 'nothing'}. "
+            "Use a file made by SafeCFG Fine-tune Safe LoRA."
+        )
+    adapters = {}
+    for name in names:
+        try:
+            up, down, alpha = (tensors[name + end].float() for end in (UP, DOWN, ALPHA))
+        except KeyError as error:
+            raise HGRError(f"This LoRA lacks {error}. The file is damaged: copy it again.") from error
+        adapters[name.removeprefix(PREFIX)] = Adapter(down, up, float(alpha) / len(down))
+    return LoRA(adapters)
+
+
+def save_lora(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dict) -> None:
+    """Writes a LoRA with `about` (JSON) in its metadata; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"format": "pt", KEY: json.dumps(about)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_lora(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a LoRA file and its `about`, {} when another program wrote it. Raises HGRError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise HGRError(f"{path} is not a complete LoRA file ({error}). Copy it again, or train it again.") from error

@@ -1,0 +1,204 @@
+"""What a safe LoRA learns from: unlabelled noisy latents, what an HGR finds in them, and batches of both."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import HGRError
+
+FORMAT = {"safecfg_samples": "1"}  # metadata of a file
+MAX_HALF = 6e4
+
+
+@dataclass
+class Samples:
+    """Noisy latents on the way to one batch of unlabelled pictures: S noise levels of P prompts, in the order of sampling.
+
+    Rows of x, sigma, c_in, uncond_denoised: level 0 of every prompt, then level 1, and so on, (S * P, ...). `tokens`, `pooled`
+    and `mask` have a row per prompt and, last, one for the empty prompt. Any floating dtype.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    c_in: Tensor  # the model's input scaling, as in `recording.Points`
+    uncond_denoised: Tensor
+    tokens: Tensor  # (P + 1, T, D)
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def prompts(self) -> int:
+        """P."""
+        return len(self.tokens) - 1
+
+    @property
+    def bucket(self) -> tuple:
+        """Rows of different samples stack when this is equal."""
+        return tuple(self.x.shape[1:]), tuple(self.tokens.shape[1:]), self.pooled is None, self.mask is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The columns that there are, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+def write_samples(path: str | os.PathLike, samples: Samples) -> None:
+    """Writes samples; the file appears whole or not at all. Latents stay float32: guidance is a small difference of them."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    tensors = samples.tensors()
+    for name in ("tokens", "pooled"):
+        if name in tensors and float(tensors[name].abs().max()) < MAX_HALF:
+            tensors[name] = tensors[name].half()
+    try:
+        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, FORMAT)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_samples(path: str | os.PathLike) -> Samples:
+    """Maps samples without loading them. Raises HGRError, naming the file, when it is damaged or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != FORMAT:
+                raise HGRError(f"Expected recorded samples of a safe LoRA in {path}, but it is some other file. Move it away.")
+            return Samples(**{key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise HGRError(f"{path} is not complete ({error}). Delete it: it is recorded again.") from error
+
+
+@dataclass
+class Judgement:
+    """What an HGR finds in `Samples`: category weights of its prompts (P, K) and, remembered along each run, rows (S * P, K)."""
+
+    by_prompt: Tensor
+    by_guidance: Tensor
+    size: Tensor  # (S * P,) mean square of the target's direction, floored: the unit of a row's error
+
+    @property
+    def weights(self) -> Tensor:
+        """Of both redirectors together, (S * P, K)."""
+        return torch.maximum(self.by_prompt.repeat(len(self.by_guidance) // len(self.by_prompt), 1), self.by_guidance)
+
+    @property
+    def flagged(self) -> Tensor:
+        """(S * P,) bool."""
+        return (self.weights > 0).any(dim=1)
+
+    @property
+    def runs(self) -> Tensor:
+        """Category weights per prompt over its whole run, (P, K)."""
+        return self.weights.unflatten(0, (-1, len(self.by_prompt))).amax(dim=0)
+
+
+@dataclass
+class Batch:
+    """Rows to train on: the columns of `Samples` with the tokens of every row, and what the HGR made of it."""
+
+    x: Tensor
+    sigma: Tensor
+    c_in: Tensor
+    uncond_denoised: Tensor
+    tokens: Tensor  # (B, T, D)
+    pooled: Tensor | None
+    mask: Tensor | None
+    empty: Tensor  # (B,) bool: the row has the empty prompt
+    held: Tensor  # (B, K) category weights of the guidance redirector that are in force since an earlier step of the run
+    size: Tensor  # (B,)
+    flagged: Tensor  # (B,) bool: the HGR turns this row
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if t is None else t.to(device) for t in vars(self).values()))
+
+    def kinds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) bool: flagged, left alone by the HGR, and with the empty prompt; every row is one of them."""
+        return self.flagged & ~self.empty, ~self.flagged & ~self.empty, self.empty
+
+
+class Pool:
+    """Samples with their judgements, from which batches are drawn."""
+
+    def __init__(self):
+        self.samples: list[Samples] = []
+        self.judgements: list[Judgement] = []
+
+    def add(self, samples: Samples, judgement: Judgement) -> None:
+        self.samples.append(samples)
+        self.judgements.append(judgement)
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the HGR flags anything: without it there is nothing to learn."""
+        return any(bool(judgement.flagged.any()) for judgement in self.judgements)
+
+    def counts(self, categories: tuple[str, ...]) -> dict:
+        """How many runs were judged, and how many of them are harmful, by category and at all."""
+        runs = torch.cat([judgement.runs for judgement in self.judgements]) > 0
+        by_category = dict(zip(categories, runs.sum(dim=0).tolist(), strict=True))
+        return {"runs": len(runs), "harmful": int(runs.any(dim=1).sum()), "categories": by_category}
+
+    def draw(self, count: int, generator: torch.Generator, empty_share: float) -> Batch:
+        """Random rows that stack, on the CPU; half of them are flagged where there are flagged and unflagged ones.
+
+        `empty_share` of them get the empty prompt.
+        """
+        buckets = defaultdict(list)
+        for samples, judgement in zip(self.samples, self.judgements, strict=True):
+            buckets[samples.bucket].append((samples, judgement))
+        groups = list(buckets.values())
+        sizes = torch.tensor([float(sum(len(s.x) for s, _ in group)) for group in groups])
+        group = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+        flagged = torch.cat([judgement.flagged for _, judgement in group])
+        kinds = [rows for rows in (flagged.nonzero()[:, 0], (~flagged).nonzero()[:, 0]) if len(rows)]
+        counts = [count] if len(kinds) == 1 else [count // 2, count - count // 2]
+        pick = lambda rows, n: rows[torch.randint(len(rows), (n,), generator=generator)]  # noqa: E731
+        chosen = torch.cat([pick(rows, n) for rows, n in zip(kinds, counts, strict=True)]).sort().values
+        empty = torch.rand(count, generator=generator) < empty_share
+        return _emptied(_stack([_rows(*part) for part in _parts(group, chosen)]), empty, group[0][0])
+
+
+def rows_of(samples: Samples, rows: Tensor, held: Tensor) -> Batch:
+    """Rows (B,) of samples that were not judged yet; held (B, K)."""
+    unknown = Judgement(held[:1], held, torch.ones(len(rows)))
+    return _rows(samples, rows, unknown, torch.arange(len(rows)))
+
+
+def _rows(samples: Samples, rows: Tensor, judgement: Judgement, judged: Tensor) -> Batch:
+    """Rows (B,) of samples, float32, with rows `judged` (B,) of a judgement."""
+    latents = (getattr(samples, name)[rows].float() for name in ("x", "sigma", "c_in", "uncond_denoised"))
+    texts = (None if t is None else t[rows % samples.prompts].float() for t in (samples.tokens, samples.pooled, samples.mask))
+    empty, flagged = torch.zeros(len(rows), dtype=torch.bool), judgement.flagged[judged]
+    return Batch(*latents, *texts, empty, judgement.by_guidance[judged], judgement.size[judged], flagged)
+
+
+def _parts(group: list[tuple[Samples, Judgement]], chosen: Tensor) -> Iterator[tuple[Samples, Tensor, Judgement, Tensor]]:
+    """Rows of a group, numbered through all of it in ascending order, samples by samples."""
+    ends = torch.tensor([len(s.x) for s, _ in group]).cumsum(0)
+    which = torch.bucketize(chosen, ends, right=True)
+    for i in which.unique().tolist():
+        samples, judgement = group[i]
+        rows = chosen[which == i] - (ends[i] - len(samples.x))
+        yield samples, rows, judgement, rows
+
+
+def _stack(parts: list[Batch]) -> Batch:
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+def _emptied(batch: Batch, empty: Tensor, samples: Samples) -> Batch:
+    """The batch with the empty prompt of `samples` in some rows."""
+    for name in ("tokens", "pooled", "mask"):
+        if (value := getattr(batch, name)) is not None:
+            nothing = getattr(samples, name)[-1].to(value)
+            setattr(batch, name, torch.where(empty.view(-1, *[1] * (value.ndim - 1)), nothing, value))
+    batch.empty = empty
+    return batch

@@ -1,0 +1,239 @@
+"""Recordings on disk: safetensors shards of sampling runs and of encoded prompts, read row by row.
+
+A shard of runs holds latents and predictions (fp16) of one latent size with the tokens of its prompts; a shard of texts
+holds tokens alone. Files are mapped, not loaded: a recording may be larger than the memory. Nothing is ever decoded.
+"""
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import HGRError
+from .recording import Points, Prompts
+
+FORMAT_VERSION = 1
+KEY = "safecfg_shard"  # of the metadata entry
+HARMFUL, CLEAN, CALIBRATION = "harmful", "clean", "calibration"  # kinds of shards of runs
+TEXTS, CALIBRATION_TEXTS = "texts", "calibration texts"  # kinds of shards of prompts
+MAX_HALF = 6e4
+
+
+@dataclass
+class Texts:
+    """Encoded prompts: tokens (B, T, D), pooled (B, P) or None, mask (B, T) or None, harms (B, K)."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+    harms: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index) -> "Texts":
+        return Texts(*(None if t is None else t[index] for t in (self.tokens, self.pooled, self.mask, self.harms)))
+
+
+def write_runs(path: str | os.PathLike, kind: str, points: Points, prompts: Prompts, about: dict) -> None:
+    """Writes one batch of runs of a kind (`HARMFUL`, `CLEAN` or `CALIBRATION`); the file appears whole or not at all.
+
+    `points.prompt` are rows of `prompts`. `about` is anything JSON that names where the runs come from; every shard of a
+    recording has the same.
+    """
+    guidance = points.cond_denoised.float() - points.uncond_denoised.float()
+    columns = {"x": points.x, "uncond_denoised": points.uncond_denoised, "guidance": guidance}
+    if kind == HARMFUL:  # a clean prompt is its own partner
+        columns["partner_guidance"] = points.partner_denoised.float() - points.uncond_denoised.float()
+    tensors = {name: _half(t) for name, t in columns.items()}
+    tensors |= {
+        "sigma": points.sigma.float(),
+        "c_in": points.c_in.float(),
+        "shown": points.shown.to(torch.uint8),
+        "prompt": points.prompt.long(),
+    }
+    tensors |= _prompt_columns(prompts.tokens, prompts.pooled, prompts.mask, prompts.harms)
+    tensors["prompts.removed"] = prompts.removed.to(torch.uint8)
+    _write(Path(path), kind, tensors, about)
+
+
+def write_texts(path: str | os.PathLike, texts: Texts, about: dict, kind: str = TEXTS) -> None:
+    """Writes encoded prompts; the file appears whole or not at all. A shard has prompts with harms, or without, not both."""
+    _write(Path(path), kind, _prompt_columns(texts.tokens, texts.pooled, texts.mask, texts.harms), about)
+
+
+def _prompt_columns(tokens: Tensor, pooled: Tensor | None, mask: Tensor | None, harms: Tensor) -> dict[str, Tensor]:
+    columns = {"prompts.tokens": _half(tokens), "prompts.harms": harms.to(torch.uint8)}
+    columns |= {} if pooled is None else {"prompts.pooled": _half(pooled)}
+    return columns | ({} if mask is None else {"prompts.mask": mask.to(torch.uint8)})
+
+
+def _half(t: Tensor) -> Tensor:
+    """fp16 where the values fit: language models have channels beyond its range."""
+    return t.half() if float(t.abs().max()) < MAX_HALF else t.float()
+
+
+def _write(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    header = {KEY: json.dumps({"format_version": FORMAT_VERSION, "kind": kind, "about": about})}
+    try:
+        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, header)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@dataclass
+class Shard:
+    """One mapped file."""
+
+    path: Path
+    kind: str
+    about: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """Rows: recorded points, or encoded prompts."""
+        return len(self.tensors["prompts.tokens" if self.kind in (TEXTS, CALIBRATION_TEXTS) else "x"])
+
+    @property
+    def bucket(self) -> tuple:
+        """Rows of different shards stack when this is equal."""
+        shapes = [tuple(self.tensors[k].shape[1:]) for k in ("x", "prompts.tokens") if k in self.tensors]
+        return (*shapes, "prompts.pooled" in self.tensors, "prompts.mask" in self.tensors)
+
+    def texts(self, rows: Tensor) -> Texts:
+        """Encoded prompts at these rows (B,) of the prompts, float32."""
+        get = lambda name: self.tensors[name][rows].float() if name in self.tensors else None  # noqa: E731
+        return Texts(get("prompts.tokens"), get("prompts.pooled"), get("prompts.mask"), get("prompts.harms"))
+
+    def runs(self) -> Points:
+        """All points; `prompt` numbers the runs."""
+        return replace(self.points(torch.arange(self.size))[0], prompt=self.tensors["prompt"])
+
+    def points(self, rows: Tensor) -> tuple[Points, Prompts]:
+        """Recorded points at these rows (B,) with their prompts, row for row, float32."""
+        get = lambda name: self.tensors[name][rows].float()  # noqa: E731
+        uncond, guidance = get("uncond_denoised"), get("guidance")
+        partner = get("partner_guidance") if self.kind == HARMFUL else guidance
+        places = self.tensors["prompt"][rows]
+        texts, removed = self.texts(places), self.tensors["prompts.removed"][places].float()
+        prompts = Prompts(texts.tokens, None, None, texts.harms, removed, texts.pooled, texts.mask)
+        columns = (get("x"), get("sigma"), get("c_in"), uncond, uncond + guidance, uncond + partner, get("shown"))
+        return Points(*columns, torch.arange(len(rows))), prompts
+
+
+def read_shard(path: str | os.PathLike) -> Shard:
+    """Maps a shard. Raises HGRError, naming the file, when it is damaged or was not written by this version."""
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise HGRError(f"{path} is not a complete shard ({error}). Delete it and record again.") from error
+    if not header or header.get("format_version") != FORMAT_VERSION:
+        raise HGRError(f"Expected a shard of format version {FORMAT_VERSION} in {path}. Delete it and record again.")
+    return Shard(path, header["kind"], header["about"], tensors)
+
+
+class Recording:
+    """All shards of a folder, from which training draws rows that stack."""
+
+    def __init__(self, shards: list[Shard]):
+        self.shards = shards
+        self._buckets: dict[str, dict[tuple, list[Shard]]] = {kind: defaultdict(list) for kind in (HARMFUL, CLEAN)}
+        for shard in shards:
+            kinds = [shard.kind]
+            if shard.kind == TEXTS:
+                kinds = [f"{TEXTS} {what}" for what in _harm_kinds(shard)]
+            for kind in kinds:
+                self._buckets.setdefault(kind, defaultdict(list))[shard.bucket].append(shard)
+
+    @classmethod
+    def open(cls, *folders: str | os.PathLike) -> "Recording":
+        """Every complete shard of some folders, in the order of their names.
+
+        Raises HGRError when there is none, one is damaged, or they come from different settings.
+        """
+        shards = [read_shard(path) for folder in folders for path in sorted(Path(folder).glob("*.safetensors"))]
+        if not shards:
+            raise HGRError(f"There are no shards in {', '.join(map(str, folders))}. Record guidance first.")
+        for shard in shards[1:]:
+            if shard.about != shards[0].about:
+                raise HGRError(
+                    f"{shard.path} was recorded with other settings than {shards[0].path}. Record into a folder of their own."
+                )
+        return cls(shards)
+
+    def count(self, kind: str) -> int:
+        """Rows of a kind."""
+        return sum(shard.size for shard in self.shards if shard.kind == kind)
+
+    def kinds(self) -> list[str]:
+        """The kinds of shards that there are."""
+        return sorted({shard.kind for shard in self.shards})
+
+    def calibration_texts(self) -> list[Texts]:
+        """The clean prompts that are kept for calibration, a batch per shard."""
+        return [shard.texts(torch.arange(shard.size)) for shard in self.of_kind(CALIBRATION_TEXTS)]
+
+    def of_kind(self, kind: str) -> list[Shard]:
+        """The shards of a kind."""
+        return [shard for shard in self.shards if shard.kind == kind]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Latent shapes (C, *spatial) of which there are harmful and clean runs."""
+        of = lambda kind: {bucket[0] for bucket in self._buckets[kind]}  # noqa: E731
+        return sorted(of(HARMFUL) & of(CLEAN))
+
+    def draw(
+        self, kind: str, count: int, generator: torch.Generator, shape: tuple[int, ...] | None = None
+    ) -> tuple[Points, Prompts]:
+        """Random points of a kind with their prompts, all of one bucket; of one latent shape when it is given."""
+        buckets = {k: v for k, v in self._buckets[kind].items() if shape is None or k[0] == shape}
+        parts = [shard.points(rows) for shard, rows in _draw_rows(buckets, count, generator)]
+        mixed = torch.randperm(count, generator=generator)
+        points, prompts = Points.cat([points for points, _ in parts])[mixed], _stack([prompts for _, prompts in parts])[mixed]
+        points.prompt = torch.arange(count)
+        return points, prompts
+
+    def draw_texts(self, harmful: bool, count: int, generator: torch.Generator) -> Texts:
+        """Random encoded prompts with a harm, or without, all of one bucket."""
+        buckets = self._buckets[f"{TEXTS} {HARMFUL if harmful else CLEAN}"]
+        drawn = _stack([shard.texts(rows) for shard, rows in _draw_rows(buckets, count, generator)])
+        return drawn[torch.randperm(count, generator=generator)]
+
+
+def _harm_kinds(shard: Shard) -> list[str]:
+    """A shard of texts is all harmful or all clean: its rows are drawn by kind."""
+    harmful = shard.tensors["prompts.harms"].any(dim=1)
+    if bool(harmful.any()) != bool(harmful.all()):
+        raise HGRError(f"{shard.path} mixes harmful and clean prompts. Delete it and record again.")
+    return [HARMFUL if bool(harmful.any()) else CLEAN]
+
+
+def _draw_rows(buckets: dict[tuple, list[Shard]], count: int, generator: torch.Generator) -> list[tuple[Shard, Tensor]]:
+    """Random rows of one random bucket, every row of all of them equally likely: (shard, rows) pairs."""
+    if not buckets:
+        raise HGRError("There are no such samples in this recording. Record harmful and clean prompts of the same latent size.")
+    groups = list(buckets.values())
+    sizes = torch.tensor([float(sum(s.size for s in group)) for group in groups])
+    group = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+    ends = torch.tensor([s.size for s in group]).cumsum(0)
+    rows = torch.randint(int(ends[-1]), (count,), generator=generator).sort().values
+    which = torch.bucketize(rows, ends, right=True)
+    return [(group[i], rows[which == i] - (ends[i] - group[i].size)) for i in which.unique().tolist()]
+
+
+def _stack(parts: list) -> Texts | Prompts:
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))

@@ -1,0 +1,147 @@
+"""Trains an HGR's guidance redirector from recorded shards, on one process or many:
+
+    torchrun --nproc_per_node N -m hgr_models.train SHARDS... --out FILE
+
+SHARDS are folders that SafeCFG Record Guidance wrote; several machines may have recorded the same prompts with different
+seeds. Gradients are averaged by torch's DistributedDataParallel. Stopped and started again with the same command, it goes
+on. `--model MODULE:FUNCTION` trains the condition redirector too: the function is called in every process, with its device,
+and gives the frozen denoiser (`losses.PredictWith`); `demo.training.hgr_data:frozen` is that of the demo model.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from . import training_state
+from .calibration import calibrated, prompt_readings, run_maxima
+from .checkpoint import save_hgr
+from .condition import ConditionConfig
+from .errors import HGRError
+from .guidance import GuidanceConfig
+from .hgr import HGR, uncalibrated_info
+from .shards import CALIBRATION, Recording
+from .train_condition import ConditionTraining
+from .train_guidance import GuidanceTraining
+from .training import Training
+
+SAVE_EVERY = 30.0  # seconds
+
+
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m hgr_models.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARDS")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the HGR; its state lies beside it while it learns"
+    )
+    parser.add_argument("--guidance-steps", type=int, default=4200, metavar="N")
+    parser.add_argument("--condition-steps", type=int, default=1400, metavar="N", help="with --model")
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="the frozen denoiser, for the condition redirector")
+    parser.add_argument("--false-positive-rate", type=float, default=0.01, metavar="P")
+    parser.add_argument("--batch", type=int, default=24, metavar="N", help="samples per process and step through the model")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(line)
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device of this one, as torchrun set them."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+class Command:
+    """One run of the command in one process."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.rank, self.world, self.device = start_processes()
+        self.recording = Recording.open(*args.shards)
+        self.facts = self.recording.shards[0].about
+        self.folder = args.out.parent / f"{args.out.name}.training"
+        self.trainings: dict[str, Training] = {}
+        self.losses: dict[str, list[float]] = {}
+
+    def run(self) -> HGR:
+        """Trains and calibrates; the first process writes the file."""
+        torch.manual_seed(self.args.seed)  # every process begins with the same weights
+        info, k = uncalibrated_info(self.facts), len(self.facts["categories"])
+        condition = ConditionConfig(info.token_width, k, info.pooled_width) if self.args.model else None
+        hgr = HGR(info, condition, GuidanceConfig(info.latent_channels, k, info.latent_dimensions)).to(self.device)
+        if hgr.condition is not None:
+            training = ConditionTraining(hgr, self.args.condition_steps, self.args.seed, self.args.batch)
+            training.measure(self.recording)
+            predict = load_model(self.args.model, self.device)
+            self._train("condition", training, lambda: training.train_step(self.recording, predict).loss)
+        training_b = GuidanceTraining(hgr, self.args.guidance_steps, self.args.seed + 1)
+        self._train("guidance", training_b, lambda: training_b.train_step(self.recording).loss)
+        if self.rank == 0:
+            self._finish(hgr)
+        if self.world > 1:
+            dist.destroy_process_group()
+        return hgr
+
+    def _train(self, name: str, training: Training, step: Callable[[], float]) -> None:
+        about = training_state.read_about(self.folder)
+        if about is not None:
+            training_state.load_state(self.folder, name, training, about)
+        self.losses[name] = [] if about is None else about["losses"].get(name, [])
+        self.trainings[name] = training
+        if self.world > 1:
+            training.distribute(self.rank)
+        saved, bar = time.monotonic(), tqdm(total=training.steps, initial=training.step, desc=name, disable=self.rank > 0)
+        with bar:
+            while training.step < training.steps:
+                self.losses[name].append(step())
+                bar.update()
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._save()
+                    saved = time.monotonic()
+        self._save()
+        training.finish()
+
+    def _save(self) -> None:
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            training_state.save_state(self.folder, self.trainings, {"losses": self.losses})
+
+    def _finish(self, hgr: HGR) -> None:
+        hgr.eval().requires_grad_(False)
+        texts, shards = self.recording.calibration_texts(), self.recording.of_kind(CALIBRATION)
+        if not shards:
+            raise HGRError("There are no calibration runs among the shards. Record with `calibration_runs` of at least 1.")
+        p = torch.cat([prompt_readings(hgr, t, self.device) for t in texts]) if hgr.condition else None
+        b = torch.cat([run_maxima(hgr, shard.runs(), self.device) for shard in shards])
+        hgr.info = calibrated(hgr, p, b, self.args.false_positive_rate)
+        hgr.info.training.update(steps={name: t.step for name, t in self.trainings.items()}, processes=self.world)
+        save_hgr(self.args.out, hgr)
+        (self.folder / "losses.json").write_text(json.dumps(self.losses) + "\n", encoding="utf-8")
+
+
+def load_model(name: str, device: torch.device):
+    """The frozen denoiser that MODULE:FUNCTION gives for a device."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)(device)
+
+
+def main() -> None:
+    try:
+        Command(arguments()).run()
+    except HGRError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Training of the condition redirector: by back-propagation through the frozen denoiser (DESIGN.md, "The HGR", 1)."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .hgr import HGR
+from .recording import Points, Prompts
+from .shards import HARMFUL, Recording, Texts
+from .training import StepReport, Training, accuracies, disguise, on_device
+
+READ_BATCH = 64  # prompts of each kind per step, for the reading of prompts
+
+
+class ConditionObjective(nn.Module):
+    """The losses of the condition redirector as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, predict: losses.PredictWith, points: Points, prompts: Prompts, texts: list[Texts], clean: Texts, alarm: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Error per point (B,), cross-entropy of the reading, the quiet loss, and the logits of all texts."""
+        error = losses.condition_error(self.network, predict, points, prompts)
+        reads = [losses.prompt_loss(self.network, t.tokens, t.harms, t.pooled, t.mask) for t in texts]
+        read = sum(loss * len(t) for (loss, _), t in zip(reads, texts, strict=True)) / sum(map(len, texts))
+        quiet = losses.quiet_loss(self.network, clean.tokens, alarm, clean.pooled, clean.mask)
+        return error, read, quiet, torch.cat([logits.detach() for _, logits in reads])
+
+
+class ConditionTraining(Training):
+    """The condition redirector, by back-propagation through the frozen denoiser; see DESIGN.md, "The HGR", 1."""
+
+    def __init__(self, hgr: HGR, steps: int, seed: int, batch: int = 24, rate: float = 1e-3):
+        super().__init__(hgr.condition, steps, rate, 0.995, seed)
+        self.objective = ConditionObjective(hgr.condition)
+        self.batch = batch
+
+    def measure(self, recording: Recording) -> None:
+        """Sets the network's units from a sample of the recorded prompts."""
+        generator = torch.Generator().manual_seed(0)
+        texts = [recording.draw_texts(harmful, 64, generator) for harmful in (False, True) for _ in range(8)]
+        flat = torch.cat([t.tokens.flatten(0, 1) for t in texts])[None]
+        pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
+        for network in (self.network, self.mean.module):
+            network.measure(flat.to(self.device), None if pooled is None else pooled.to(self.device))
+
+    def train_step(self, recording: Recording, predict: losses.PredictWith) -> StepReport:
+        """One step. `predict` runs the frozen denoiser and carries gradients to the tokens."""
+        points, prompts = on_device(recording.draw(HARMFUL, self.batch, self.generator), self.device)
+        texts = self._texts(recording)
+        clean = on_device(recording.draw_texts(False, 32, self.generator), self.device)
+        alarm = self.random(32, prompts.harms.shape[1]).round()  # a false alarm should change little
+        error, read, quiet, logits = self.objective(predict, points, prompts, texts, clean, alarm)
+        loss = losses.capped(error, 5.0) + 0.3 * read + 0.1 * quiet
+        self.advance(loss)
+        before = losses.unredirected_error(points).mean().item()
+        harms = torch.cat([t.harms for t in texts])
+        return StepReport(loss.item(), error.mean().item(), before, accuracies(logits, harms))
+
+    def _texts(self, recording: Recording) -> list[Texts]:
+        """Clean and harmful prompts to read: as they are, disguised, and joined as core's Concat and Average do."""
+        clean, harmful = (on_device(recording.draw_texts(h, READ_BATCH, self.generator), self.device) for h in (False, True))
+        parts = [clean, harmful, *self._joined(clean, harmful)]
+        scale = self.network.token_scale
+        return [replace(t, tokens=disguise(t.tokens, scale, 0.4, self.generator)) for t in parts]
+
+    def _joined(self, clean: Texts, harmful: Texts, count: int = 16) -> list[Texts]:
+        a, b = clean[:count], harmful[:count]
+        if a.mask is not None:
+            return []  # families with an attention mask are not joined by core's nodes in a way that keeps it
+        joined = [Texts(torch.cat([a.tokens, b.tokens], dim=1), a.pooled, None, b.harms)]
+        if a.tokens.shape == b.tokens.shape:
+            share = 0.5 + 0.5 * self.random(count, 1, 1)
+            mixed = b.tokens * share + a.tokens * (1 - share)
+            joined.append(Texts(mixed, b.pooled, None, b.harms))
+        return joined

@@ -1,0 +1,61 @@
+"""Training of the guidance redirector: on recorded tensors alone (DESIGN.md, "The HGR", 2)."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .errors import HGRError
+from .hgr import HGR
+from .recording import Points, Prompts
+from .shards import CLEAN, HARMFUL, Recording
+from .training import StepReport, Training, accuracies, on_device
+
+HARMFUL_BATCH, PARTNER_BATCH, CLEAN_BATCH = 32, 12, 20  # points per step; the partners are those of the first harmful ones
+
+
+class GuidanceObjective(nn.Module):
+    """`losses.guidance_losses` as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return losses.guidance_losses(self.network, *arguments)
+
+
+class GuidanceTraining(Training):
+    """The guidance redirector, on recorded tensors alone; see DESIGN.md, "The HGR", 2."""
+
+    def __init__(self, hgr: HGR, steps: int, seed: int, rate: float = 1.5e-3):
+        super().__init__(hgr.guidance, steps, rate, 0.998, seed)
+        self.objective = GuidanceObjective(hgr.guidance)
+
+    def train_step(self, recording: Recording) -> StepReport:
+        """One step."""
+        shapes = recording.shapes()
+        if not shapes:
+            raise HGRError("The recording has no harmful and clean runs of the same latent size. Record both.")
+        shape = shapes[int(torch.randint(len(shapes), (), generator=self.generator))]
+        draw = lambda kind, count: on_device(recording.draw(kind, count, self.generator, shape), self.device)  # noqa: E731
+        batch, harms, weights = self._batch(*draw(HARMFUL, HARMFUL_BATCH), draw(CLEAN, CLEAN_BATCH)[0])
+        has_direction = (self.random(len(batch)) > 0.2).float()  # a picture alone teaches only `q`
+        with torch.autocast(self.device.type, torch.bfloat16):
+            error, b, q, logits = self.objective(batch, harms, weights, batch.partner_denoised, has_direction)
+        loss = losses.capped(error, 20.0) + 0.5 * b + 0.3 * q
+        self.advance(loss)
+        before = losses.unredirected_guidance_error(batch[:HARMFUL_BATCH]).mean().item()
+        real = has_direction > 0
+        return StepReport(loss.item(), error[:HARMFUL_BATCH].mean().item(), before, accuracies(logits[real], harms[real]))
+
+    def _batch(self, rows: Points, about: Prompts, quiet: Points) -> tuple[Points, Tensor, Tensor]:
+        """Harmful directions, their partners' (which lack the removed harms) and clean ones, with harms and weights."""
+        partner = replace(rows, cond_denoised=rows.partner_denoised)[:PARTNER_BATCH]
+        batch = Points.cat([rows, partner, quiet])
+        nothing = torch.zeros(len(quiet), about.harms.shape[1], device=rows.x.device)
+        left = (about.harms - about.removed)[:PARTNER_BATCH]
+        harms = torch.cat([about.harms, left, nothing])
+        alarm = self.random(PARTNER_BATCH + len(quiet), harms.shape[1]).round()  # false alarms must change nothing
+        return batch, harms, torch.cat([about.removed, alarm[:PARTNER_BATCH] * (1 - left), alarm[PARTNER_BATCH:]])

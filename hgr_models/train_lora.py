@@ -1,0 +1,168 @@
+"""Unsupervised safe fine-tuning: a LoRA learns to do what the frozen model does under an HGR (DESIGN.md).
+
+Nothing here knows what is harmful: the HGR alone judges, and no argument could carry a label. The target of a sample is
+
+    cond_denoised of the redirected condition, then the guidance redirector        where the HGR flags
+    the frozen model's own prediction                                              elsewhere, and for the empty prompt
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hgr import HGR
+from .lora import LoRA
+from .lora_samples import Batch, Judgement, Pool, Samples, rows_of
+from .losses import capped, mean_square
+from .redirection import CategorySettings, redirect_condition, redirect_guidance
+from .training import Training
+
+# (x, sigma (B,), tokens (B, T, D), pooled (B, P) or None, mask (B, T) or None) -> x0 prediction; carries gradients to a LoRA
+PredictFor = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+EMPTY_SHARE = 0.2  # of a batch: rows that get the empty prompt, so that the unconditional prediction stays
+CAP = 5.0  # of a sample's error: a few hopeless ones must not rule a step
+NUDGE = 0.2  # of the prediction's rms: how far the check of the gradient moves
+
+
+@dataclass
+class LoraReport:
+    """What a step says about itself: errors in units of the target's direction; None where a batch had no such rows."""
+
+    loss: float
+    error: float | None  # of what the HGR flags
+    quiet: float | None  # of what it leaves alone
+    empty: float | None  # of the unconditional prediction
+
+
+@dataclass
+class Change:
+    """What a LoRA does to the model, measured; in units of the target's direction, None where there is nothing to measure."""
+
+    before: float | None  # rms distance of flagged samples to their target, without the LoRA
+    after: float | None  # the same with it
+    quiet: float | None  # rms change of samples that the HGR leaves alone
+    quiet_most: float | None  # the largest of them
+    empty: float  # rms change of the unconditional prediction
+
+
+@torch.no_grad()
+def safe_denoised(hgr: HGR, predict: PredictFor, batch: Batch, settings: CategorySettings) -> tuple[Tensor, Tensor, Tensor]:
+    """The target (B, C, *spatial) of a batch, and the category weights (B, K) of both redirectors that made it.
+
+    Rows that the HGR does not flag, and those of the empty prompt, are the model's own prediction, bit for bit.
+    """
+    tokens, pooled, by_prompt = batch.tokens, batch.pooled, torch.zeros_like(batch.held)
+    view = lambda flags, like: flags.view(-1, *[1] * (like.ndim - 1))  # noqa: E731
+    if hgr.condition is not None:
+        turned = redirect_condition(hgr, tokens, pooled, settings, batch.mask)
+        by_prompt = turned.weights * ~batch.empty[:, None]
+        tokens = torch.where(view(batch.empty, tokens), tokens, turned.tokens)
+        pooled = None if pooled is None else torch.where(view(batch.empty, pooled), pooled, turned.pooled)
+    own = predict(batch.x, batch.sigma, tokens, pooled, batch.mask)
+    if hgr.guidance is None:
+        return own, by_prompt, torch.zeros_like(batch.held)
+    x_in = batch.x * view(batch.c_in, batch.x)
+    result = redirect_guidance(hgr, own, batch.uncond_denoised, x_in, batch.sigma, settings, batch.held)
+    # The empty prompt has no direction: what is left of it is rounding, which must not be read.
+    return torch.where(view(batch.empty, own), own, result.cond_denoised), by_prompt, result.weights * ~batch.empty[:, None]
+
+
+class LoraTraining(Training):
+    """Trains a LoRA that is attached to the network which `predict` runs, on samples that were added before."""
+
+    def __init__(
+        self, hgr: HGR, lora: LoRA, settings: CategorySettings, steps: int, seed: int, batch: int = 8, rate: float = 5e-4
+    ):
+        super().__init__(lora, steps, rate, 0.99, seed)
+        self.hgr, self.settings, self.batch, self.pool = hgr, settings, batch, Pool()
+
+    def add(self, samples: Samples, predict: PredictFor) -> Judgement:
+        """Lets the HGR judge samples, and learns from them from now on."""
+        count = samples.prompts
+        held, by_guidance, sizes = torch.zeros(count, len(self.hgr.info.categories)), [], []
+        with self.network.off():
+            for rows in torch.arange(len(samples.x)).split(count):
+                batch = rows_of(samples, rows, held).to(self.device)
+                target, by_prompt, weights = safe_denoised(self.hgr, predict, batch, self.settings)
+                held = weights.cpu()
+                by_guidance.append(held)
+                floor = 1e-4 * batch.sigma**2 / (1 + batch.sigma**2)
+                sizes.append((mean_square(target - batch.uncond_denoised) + floor).cpu())
+        judgement = Judgement(by_prompt.cpu(), torch.cat(by_guidance), torch.cat(sizes))
+        self.pool.add(samples, judgement)
+        return judgement
+
+    def train_step(self, predict: PredictFor) -> LoraReport:
+        """One step; `predict` runs the frozen model with the LoRA attached, and carries gradients to it."""
+        batch = self.pool.draw(self.batch, self.generator, EMPTY_SHARE).to(self.device)
+        with self.network.off():
+            target, _, _ = safe_denoised(self.hgr, predict, batch, self.settings)
+        error = _errors(predict, batch, target)
+        loss = capped(error, CAP)
+        self.advance(loss)
+        return LoraReport(loss.item(), *(_mean(error.detach()[rows]) for rows in batch.kinds()))
+
+    def gradient_error(self, predict: PredictFor) -> float:
+        """How far the gradient of a loss at the adapters is from its finite difference, relative; 0 is exact.
+
+        Large where a model's layers cut the graph, or give wrong gradients in silence.
+        """
+        generator = torch.Generator().manual_seed(0)
+        batch = self.pool.draw(self.batch, generator, 0.0).to(self.device)
+        weights = torch.randn(batch.x.shape, generator=generator).to(batch.x)
+        run = lambda: predict(batch.x, batch.sigma, batch.tokens, batch.pooled, batch.mask).float()  # noqa: E731
+        ups = [adapter.up for adapter in self.network.adapters]
+        denoised = run()
+        if not denoised.requires_grad:
+            return float("inf")
+        gradients = torch.autograd.grad((denoised * weights).mean(), ups, allow_unused=True)
+        pairs = [(up, gradient) for up, gradient in zip(ups, gradients, strict=True) if gradient is not None]
+        square = sum(gradient.square().sum() for _, gradient in pairs)
+        step = NUDGE * denoised.detach().square().mean().sqrt() / denoised.numel() ** 0.5 / square
+        sides = [_nudged(pairs, sign * step, lambda: (run() * weights).mean()) for sign in (1, -1)]
+        return float((sides[0] - sides[1] - 2 * step * square).abs() / (2 * step * square))
+
+    @torch.no_grad()
+    def measure(self, predict: PredictFor, batches: int = 4) -> Change:
+        """What the LoRA changes now, on random rows; the same rows every time."""
+        generator, columns = torch.Generator().manual_seed(0), defaultdict(list)
+        for empty_share in (0.0, 1.0) * batches:
+            batch = self.pool.draw(self.batch, generator, empty_share).to(self.device)
+            with self.network.off():
+                target, _, _ = safe_denoised(self.hgr, predict, batch, self.settings)
+                before = _errors(predict, batch, target)
+            after = _errors(predict, batch, target)
+            flagged, quiet, empty = batch.kinds()
+            for name, values in (("before", before[flagged]), ("after", after[flagged])):
+                columns[name] += values.tolist()
+            for name, values in (("quiet", after[quiet]), ("empty", after[empty])):
+                columns[name] += values.tolist()
+        rms = lambda name: (sum(columns[name]) / len(columns[name])) ** 0.5 if columns[name] else None  # noqa: E731
+        most = max(columns["quiet"]) ** 0.5 if columns["quiet"] else None
+        return Change(rms("before"), rms("after"), rms("quiet"), most, rms("empty"))
+
+
+def _errors(predict: PredictFor, batch: Batch, target: Tensor) -> Tensor:
+    """Squared distance (B,) of a prediction to a target, in units that weigh noise levels evenly."""
+    denoised = predict(batch.x, batch.sigma, batch.tokens, batch.pooled, batch.mask)
+    return mean_square(denoised - target) / batch.size
+
+
+@torch.no_grad()
+def _nudged(pairs: list[tuple[Tensor, Tensor]], step: Tensor, loss: Callable[[], Tensor]) -> Tensor:
+    """A loss with parameters moved along their gradients, which is undone to the last bit."""
+    before = [parameter.clone() for parameter, _ in pairs]
+    for parameter, gradient in pairs:
+        parameter.add_(step * gradient)
+    try:
+        return loss()
+    finally:
+        for (parameter, _), value in zip(pairs, before, strict=True):
+            parameter.copy_(value)
+
+
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None

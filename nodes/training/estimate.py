@@ -1,0 +1,119 @@
+"""What a training will take, measured before it starts: time on this machine, disk and memory."""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ... import hgr_models
+from ...hgr_models import losses
+from ...hgr_models.recording import Points
+from .plan import TrainPlan, in_bytes, in_words
+from .recorder import CALIBRATION_STEPS, FOLLOW, LOOKS, RecordingGuider, clean_pairs, empty_latent, plan_jobs, sample
+
+HALF = 2  # bytes per value in a shard
+MARGIN = 1.1
+BACKWARD = {True: 3.5, False: 2.5}  # cost of a forward and backward pass in forward passes, with and without checkpointing
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds per part, bytes on disk and bytes of memory beside the model's."""
+
+    parts: dict[str, float]
+    disk: int
+    memory: int
+
+    def in_words(self) -> str:
+        """One line for the user."""
+        return f"takes about {in_words(sum(self.parts.values()))}, {in_bytes(self.disk)} on disk, {in_bytes(self.memory)} of memory beside the model"
+
+    def check_disk(self, folder: Path) -> None:
+        """Raises HGRError when the disk has less room than the recording needs."""
+        there = sum(path.stat().st_size for path in folder.iterdir())
+        free = shutil.disk_usage(folder).free
+        if free < MARGIN * (self.disk - there):
+            raise hgr_models.HGRError(
+                f"The recording needs about {in_bytes(self.disk - there)} in {folder}, but the disk has {in_bytes(free)} free. "
+                "Free some space, or take fewer runs, smaller sizes or fewer prompts."
+            )
+
+
+def estimate(session, record_only: bool = False) -> Cost:
+    """The cost of a session that has looked at its facts; evaluates the model twice to know its speed."""
+    plan: TrainPlan = session.plan
+    shape = (4, 16, 16)
+    row = 0.0
+    if session.model is not None:
+        shape = tuple(empty_latent(session.model, plan.runs, max(plan.runs.sizes, key=math.prod), 1).shape[1:])
+        row = _seconds_per_row(session)
+    step = _seconds_per_guidance_step(session, shape) if plan.by_guidance and not record_only else 0.0
+    parts = _seconds(plan, session, row, step)
+    if record_only:
+        parts = {name: seconds for name, seconds in parts.items() if name in ("prompts", "recording")}
+    return Cost(parts, _bytes_on_disk(plan, session, shape), 400 * 2**20)
+
+
+def _seconds(plan: TrainPlan, session, row: float, step: float) -> dict[str, float]:
+    parts = {}
+    if session.model is not None:
+        texts = len(session.prompts.pairs) + len(session.prompts.clean)
+        runs = plan.first_runs * (plan.runs.steps + LOOKS) * 3
+        if plan.by_guidance:
+            runs += plan.clean_runs * (plan.runs.steps + LOOKS) * 2 + plan.calibration_runs * CALIBRATION_STEPS * 2
+        parts = {"prompts": 0.02 * texts, "recording": runs * row}
+    if plan.by_condition:
+        parts["condition"] = plan.condition_steps * (plan.runs.batch * row * BACKWARD[plan.checkpointing] + 0.1)
+    if plan.by_guidance:
+        parts["guidance"] = plan.guidance_steps * step
+        if session.model is not None:
+            parts["recording on-policy"] = plan.policy_runs * (plan.runs.steps + LOOKS) * 3 * row
+    return {**parts, "calibration": 5.0}
+
+
+def _seconds_per_row(session) -> float:
+    """One row of one evaluation of the model, at the largest size; the first evaluation, which loads, does not count."""
+    runs = session.plan.runs
+    pairs = clean_pairs(session.prompts.clean)
+    job = plan_jobs(runs, "speed", pairs, min(runs.batch, len(pairs)), FOLLOW[:1])[0]
+    tokens = session.encode([pair.harmful for pair in job.pairs])
+    guider = RecordingGuider(session.model).prepare(job, {"positive": tokens, "negative": session.encode([""])}, None)
+    for _ in range(2):
+        started = time.monotonic()
+        sample(session.model, guider, job, runs, 1)
+        seconds = time.monotonic() - started
+    return seconds / (2 * len(job.pairs))
+
+
+def _seconds_per_guidance_step(session, shape: tuple[int, ...]) -> float:
+    """One step of the guidance redirector on random tensors."""
+    facts, count = session.facts, 64
+    with torch.inference_mode(False), torch.enable_grad():
+        info = session.new_info()
+        network = hgr_models.HGR(info, None, session.plan.configs(info)[1]).to(session.device).guidance
+        latents = [torch.randn(count, *shape, device=session.device) for _ in range(4)]
+        harms = torch.zeros(count, len(facts["categories"]), device=session.device)
+        sigma = torch.ones(count, device=session.device)
+        points = Points(latents[0], sigma, sigma, *latents[1:], harms, torch.arange(count))
+        for _ in range(2):
+            started = time.monotonic()
+            error, b, q, _ = losses.guidance_losses(network, points, harms, harms, latents[3], sigma)
+            (error.mean() + b + q).backward()
+            float(b.detach())
+            seconds = time.monotonic() - started
+    return seconds
+
+
+def _bytes_on_disk(plan: TrainPlan, session, shape: tuple[int, ...]) -> int:
+    if session.model is None:
+        return 0
+    latent = math.prod(shape) * HALF
+    points = plan.harmful_runs * (plan.runs.steps + LOOKS) * 4
+    if plan.by_guidance:
+        points += plan.clean_runs * (plan.runs.steps + LOOKS) * 3 + plan.calibration_runs * CALIBRATION_STEPS * 3
+    tokens = session.encode([""])[0][0].shape[1:].numel() * HALF
+    texts = len(session.prompts.pairs) + len(session.prompts.clean) + len(session.prompts.held_out_clean)
+    return round(points * latent + (texts + plan.harmful_runs + plan.clean_runs + plan.calibration_runs) * tokens)

@@ -1,0 +1,198 @@
+"""Unlabelled samples of the user's model: runs through core's samplers, and noised pictures. Nothing is decoded.
+
+What is harmful is not known here and asked nowhere: prompts are strings, pictures are latents.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ... import hgr_models
+from ...hgr_models.lora import LoRA
+from ...hgr_models.lora_samples import Samples, read_samples, write_samples
+from ...hgr_models.shards import Texts
+from ..encoding import encode_batch, text_of
+from ..families import POOLED
+from .recorder import RunSettings, empty_latent
+
+BASE, SAFE, STUDENT, PICTURES = "base", "safe", "student", "pictures"  # what runs follow; pictures are noised, not sampled
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch of runs, or of noised pictures: latents (P, C, *spatial) as a LATENT holds them."""
+
+    name: str
+    prompts: tuple[str, ...]
+    size: tuple[int, int]
+    sampler: str
+    cfg: float
+    follow: str
+    seed: int
+    latents: Tensor | None = None
+
+
+def plan_runs(settings: RunSettings, prompts: Sequence[str], runs: int, part: str, follow: tuple[str, ...]) -> list[Job]:
+    """The batches of `runs` runs: the same for the same seed. Every prompt is used once before one is used twice."""
+    rng = random.Random(f"{settings.seed} {part}")
+    order = [text for _ in range(-(-runs // len(prompts))) for text in rng.sample(prompts, len(prompts))][:runs]
+    return [
+        Job(
+            f"{part}-{i:05d}",
+            tuple(order[start : start + settings.batch]),
+            settings.sizes[i % len(settings.sizes)],
+            rng.choice(settings.samplers),
+            rng.uniform(*settings.cfg),
+            follow[(i // len(settings.sizes)) % len(follow)],
+            rng.getrandbits(40),
+        )
+        for i, start in enumerate(range(0, runs, settings.batch))
+    ]
+
+
+def plan_pictures(settings: RunSettings, pictures: Sequence[tuple[Tensor, str]]) -> list[Job]:
+    """Batches of pictures of one shape: (latent (1, C, *spatial), caption) pairs."""
+    rng = random.Random(f"{settings.seed} {PICTURES}")
+    by_shape: dict[tuple, list[tuple[Tensor, str]]] = {}
+    for latent, caption in pictures:
+        by_shape.setdefault(tuple(latent.shape[1:]), []).append((latent, caption))
+    batches = [some[i : i + settings.batch] for some in by_shape.values() for i in range(0, len(some), settings.batch)]
+    return [
+        Job(
+            f"{PICTURES}-{i:05d}",
+            tuple(caption for _, caption in some),
+            settings.sizes[0],
+            settings.samplers[0],
+            1.0,
+            PICTURES,
+            rng.getrandbits(40),
+            torch.cat([latent for latent, _ in some]),
+        )
+        for i, some in enumerate(batches)
+    ]
+
+
+class UnlabelledGuider(comfy.samplers.CFGGuider):
+    """Follows the base, the base under the HGR, or the LoRA, and keeps every latent with the base's unconditional prediction."""
+
+    def prepare(self, job: Job, conds: dict[str, list], hgr, settings: hgr_models.CategorySettings, lora: LoRA | None):
+        self.inner_set_conds(conds)
+        self.job, self.hgr, self.settings, self.lora = job, hgr, settings, lora
+        self.rows, self.held = [], None
+        return self
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        sigma = timestep.expand(len(x)) if timestep.numel() == 1 else timestep
+        roles = {BASE: ("negative", "positive"), SAFE: ("negative", SAFE)}.get(self.job.follow, ("negative",))
+        with nullcontext() if self.lora is None else self.lora.off():
+            uncond, *cond = self._evaluate(roles, x, timestep, model_options)
+        c_in = self.inner_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).flatten(1)[:, 0]
+        self.rows.append(tuple(t.detach().float().cpu() for t in (x, sigma, c_in, uncond)))
+        if self.job.follow == PICTURES:
+            return uncond
+        if self.job.follow == STUDENT:
+            uncond, *cond = self._evaluate(("negative", "positive"), x, timestep, model_options)
+        cond = self._turned(cond[0], uncond, x, sigma) if self.job.follow == SAFE else cond[0]
+        return uncond + (cond - uncond) * self.job.cfg
+
+    def _evaluate(self, roles: tuple[str, ...], x: Tensor, timestep: Tensor, model_options: dict | None) -> list[Tensor]:
+        conds = [self.conds[role] for role in roles]
+        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})
+
+    def _turned(self, cond_denoised: Tensor, uncond_denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.hgr.guidance is None:
+            return cond_denoised
+        x_in = self.inner_model.model_sampling.calculate_input(sigma, x)
+        result = hgr_models.redirect_guidance(self.hgr, cond_denoised, uncond_denoised, x_in, sigma, self.settings, self.held)
+        self.held = result.weights
+        return result.cond_denoised.to(cond_denoised)
+
+
+class Noising(comfy.samplers.Sampler):
+    """A sampler for core's guiders that evaluates noised pictures instead of sampling."""
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        for sigma in sigmas[:-1]:
+            levels = sigma.expand(len(noise))
+            x = model_wrap.inner_model.model_sampling.noise_scaling(levels, noise.clone(), latent_image)
+            model_wrap(x, levels, **extra_args)
+        return latent_image
+
+
+def sample_job(model, guider: UnlabelledGuider, settings: RunSettings) -> None:
+    """Runs a job. Noise levels lie at random between those of the schedule, so that all of them are met."""
+    job, sampling = guider.job, model.get_model_object("model_sampling")
+    latent = empty_latent(model, settings, job.size, len(job.prompts)) if job.latents is None else job.latents
+    sampler = Noising() if job.follow == PICTURES else comfy.samplers.sampler_object(job.sampler)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps + 1)
+    share = torch.rand(1, generator=torch.Generator().manual_seed(job.seed)).to(sigmas)
+    between = sigmas[1:-1] ** (1 - share) * sigmas[:-2] ** share
+    sigmas = torch.cat([between if job.follow == PICTURES else torch.cat([sigmas[:1], between[1:]]), sigmas[-1:]])
+    noise = comfy.sample.prepare_noise(latent, job.seed)
+    guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=job.seed)
+
+
+def encode(clip, prompts: Sequence[str]) -> tuple[list, Texts]:
+    """Prompts and, last, the empty one: a CONDITIONING, and its tensors without any harms."""
+    conditioning = encode_batch(clip, [*prompts, ""])
+    return conditioning, text_of(conditioning, torch.zeros(len(prompts) + 1, 0))
+
+
+def run_job(model, clip, hgr, job: Job, settings: RunSettings, chosen: hgr_models.CategorySettings, lora=None) -> Samples:
+    """The samples of a job; `lora` for runs that follow it, attached to the model."""
+    conditioning, texts = encode(clip, job.prompts)
+    positive, negative = _rows(conditioning, slice(0, -1)), _rows(conditioning, slice(-1, None))
+    conds = {"positive": positive, "negative": negative}
+    if job.follow == SAFE:
+        conds[SAFE] = _safe(positive, texts[:-1], hgr, chosen)
+    guider = UnlabelledGuider(model).prepare(job, conds, hgr.patcher.model, chosen, lora)
+    sample_job(model, guider, settings)
+    columns = (torch.cat(column) for column in zip(*guider.rows, strict=True))
+    return Samples(*columns, texts.tokens, texts.pooled, texts.mask)
+
+
+def _rows(conditioning: list, rows: slice) -> list:
+    """Some rows of a CONDITIONING of one entry."""
+    (tokens, extras), count = conditioning[0], len(conditioning[0][0])
+    cut = lambda value: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value  # noqa: E731
+    return [[tokens[rows], {key: cut(value) for key, value in extras.items()}]]
+
+
+def _safe(positive: list, texts: Texts, hgr, chosen: hgr_models.CategorySettings) -> list:
+    """The CONDITIONING that the condition redirector makes of one."""
+    if hgr.patcher.model.condition is None:
+        return positive
+    comfy.model_management.load_models_gpu([hgr.patcher])
+    device = hgr.patcher.load_device
+    tokens, pooled, mask = (None if t is None else t.to(device) for t in (texts.tokens, texts.pooled, texts.mask))
+    result = hgr_models.redirect_condition(hgr.patcher.model, tokens, pooled, chosen, mask)
+    extras = dict(positive[0][1])
+    if result.pooled is not None:
+        extras[POOLED] = result.pooled.to(extras[POOLED])
+    return [[result.tokens.to(positive[0][0]), extras]]
+
+
+def record_jobs(
+    model, clip, hgr, jobs: Sequence[Job], settings: RunSettings, chosen: hgr_models.CategorySettings, folder: Path, lora=None
+) -> Iterator[Job]:
+    """Runs every job whose file is not there yet; yields each when it is on disk. `lora`: for runs that follow it."""
+    for job in jobs:
+        path = folder / f"{job.name}.safetensors"
+        if not path.exists():
+            with nullcontext() if lora is None else lora.attached(model.model.diffusion_model):
+                write_samples(path, run_job(model, clip, hgr, job, settings, chosen, lora))
+        yield job
+
+
+def recorded(folder: Path, jobs: Sequence[Job]) -> list[Samples]:
+    """The samples of jobs, from their files."""
+    return [read_samples(folder / f"{job.name}.safetensors") for job in jobs]

@@ -1,0 +1,181 @@
+"""Both trainings from shards on disk: they learn, resume to the last bit, and survive gradients that are not finite."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import small_hgr
+from hgr_models import HGRError
+from hgr_models.recording import Prompts, record_runs
+from hgr_models.shards import CLEAN, HARMFUL, Recording, Texts, read_shard, write_runs, write_texts
+from hgr_models.train_condition import ConditionTraining
+from hgr_models.train_guidance import GuidanceTraining
+from hgr_models.training import disguise, learning_rate
+
+HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
+
+
+def predict(x, sigma, tokens):
+    """A toy denoiser: x0 is a pattern of the tokens' sum."""
+    pattern = tokens.sum(dim=1).view(-1, 4, 2, 2).repeat(1, 1, x.shape[2] // 2, x.shape[3] // 2)
+    return 0.1 * x + pattern * (1 + 0.1 * sigma.view(-1, 1, 1, 1))
+
+
+def predict_with(points, prompts, tokens, pooled):
+    return predict(points.x, points.sigma, tokens)
+
+
+def c_in(sigma):
+    return (sigma**2 + 1).rsqrt()
+
+
+def toy_prompts(count, harmful=True):
+    other = OTHER * torch.rand(count, 1)
+    word, ones = (HARM, 1.0) if harmful else (SAFE, 0.0)
+    tokens, safe = (torch.stack([w.expand(count, -1), other], 1) for w in (word, SAFE))
+    harms = torch.tensor([[ones, 0.0]]).repeat(count, 1)
+    return Prompts(tokens, safe, torch.zeros(count, 2, 16), harms, harms)
+
+
+def write_toy(folder, size=4, about=None):
+    """Two shards of runs and two of texts."""
+    torch.manual_seed(0)
+    about = about or {"seed": 0}
+    for kind in (HARMFUL, CLEAN):
+        prompts = toy_prompts(16, kind == HARMFUL)
+        noise = torch.randn(16, 4, size, size)
+        points = record_runs(predict, c_in, prompts, torch.tensor([5.0, 2.0, 0.5, 0.0]), noise, "prompt", torch.full((16,), 3.0))
+        write_runs(folder / f"runs_{kind}_{size}.safetensors", kind, points, prompts, about)
+        texts = Texts(prompts.tokens, None, None, prompts.harms)
+        write_texts(folder / f"texts_{kind}_{size}.safetensors", texts, about)
+    return points, prompts
+
+
+def trained(folder, kind, steps, total, state=None):
+    """A training after `steps` of `total`, from its start or from a state."""
+    torch.manual_seed(1)
+    hgr = small_hgr(zero=True).requires_grad_(True)
+    training = kind(hgr, total, seed=3)
+    recording = Recording.open(folder)
+    if kind is ConditionTraining:
+        training.measure(recording)
+    if state is not None:
+        training.load_state(*state)
+    arguments = [predict_with] if kind is ConditionTraining else []
+    return training, [training.train_step(recording, *arguments) for _ in range(steps - training.step)]
+
+
+def test_points_come_back_with_their_prompts(tmp_path):
+    points, prompts = write_toy(tmp_path)
+    shard = read_shard(tmp_path / "runs_clean_4.safetensors")
+    rows = torch.tensor([0, 17, 35])
+    back, about = shard.points(rows)
+    torch.testing.assert_close(back.x, points.x[rows], rtol=1e-3, atol=1e-3)
+    guidance = (points.cond_denoised - points.uncond_denoised)[rows]
+    torch.testing.assert_close(back.cond_denoised - back.uncond_denoised, guidance, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(about.tokens, prompts.tokens[points.prompt[rows]], rtol=1e-3, atol=1e-3)
+    assert back.sigma.tolist() == points.sigma[rows].tolist() and not about.harms.any()
+
+
+def test_values_beyond_half_precision_keep_their_range(tmp_path):
+    texts = Texts(torch.full((2, 3, 4), 1e5), torch.ones(2, 5), torch.ones(2, 3), torch.ones(2, 1))
+    write_texts(tmp_path / "a.safetensors", texts, {})
+    back = Recording.open(tmp_path).draw_texts(True, 4, torch.Generator())
+    assert back.tokens.eq(1e5).all() and back.pooled.shape == (4, 5) and back.mask.shape == (4, 3)
+
+
+def test_draws_stack_and_repeat(tmp_path):
+    write_toy(tmp_path, size=4)
+    write_toy(tmp_path, size=6)
+    recording = Recording.open(tmp_path)
+    assert recording.shapes() == [(4, 4, 4), (4, 6, 6)] and recording.count(HARMFUL) == 96
+    draws = [recording.draw(HARMFUL, 9, torch.Generator().manual_seed(5))[0].x for _ in range(2)]
+    assert torch.equal(*draws)
+    seen = {recording.draw(CLEAN, 2, torch.Generator().manual_seed(i))[0].x.shape[-1] for i in range(20)}
+    assert seen == {4, 6}
+    points, prompts = recording.draw(HARMFUL, 9, torch.Generator(), (4, 6, 6))
+    assert points.x.shape == (9, 4, 6, 6) and prompts.harms[:, 0].all() and len(prompts) == 9
+
+
+@pytest.mark.parametrize("kind", [ConditionTraining, GuidanceTraining])
+def test_training_learns_and_resumes_to_the_last_bit(tmp_path, kind):
+    write_toy(tmp_path)
+    through, reports = trained(tmp_path, kind, 60, 60)
+    half, _ = trained(tmp_path, kind, 20, 60)
+    tensors, about = half.state()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path.parent / f"{kind.__name__}.safetensors")
+    stored = load_file(tmp_path.parent / f"{kind.__name__}.safetensors")
+    resumed, rest = trained(tmp_path, kind, 60, 60, (stored, about))
+    assert [r.loss for r in rest] == [r.loss for r in reports[20:]]
+    for network in ("network", "mean.module"):
+        a, b = (dict(eval_path(t, network).state_dict()) for t in (through, resumed))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    first, last = reports[0], reports[-1]
+    assert last.error < 0.7 * first.error and last.accuracy[0] > 0.9 and first.before > 0.3
+
+
+def eval_path(training, path):
+    for name in path.split("."):
+        training = getattr(training, name)
+    return training
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_then_an_error(tmp_path):
+    write_toy(tmp_path)
+    training, _ = trained(tmp_path, ConditionTraining, 2, 100)
+    recording, before = Recording.open(tmp_path), training.network.state_dict()
+    before = {k: v.clone() for k, v in before.items()}
+    training.scale = 1024.0
+    broken = lambda points, prompts, tokens, pooled: predict_with(points, prompts, tokens, pooled) * float("nan")  # noqa: E731
+    training.train_step(recording, broken)
+    assert training.scale == 256.0 and training.step == 3
+    assert all(torch.equal(before[k], v) for k, v in training.network.state_dict().items())
+    with pytest.raises(HGRError, match="in a row are not finite"):
+        for _ in range(40):
+            training.train_step(recording, broken)
+
+
+def test_a_folder_without_shards_and_bad_shards_are_named(tmp_path):
+    with pytest.raises(HGRError, match="no shards in .*Record guidance first"):
+        Recording.open(tmp_path)
+    write_toy(tmp_path)
+    path = tmp_path / "runs_clean_4.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(HGRError, match="runs_clean_4.safetensors is not a complete shard"):
+        Recording.open(tmp_path)
+    path.write_bytes(data)
+    save_file({"x": torch.zeros(1)}, tmp_path / "z.safetensors")
+    with pytest.raises(HGRError, match="format version 1 in .*z.safetensors"):
+        Recording.open(tmp_path)
+    (tmp_path / "z.safetensors").unlink()
+    write_toy(tmp_path, size=6, about={"seed": 1})
+    with pytest.raises(HGRError, match="recorded with other settings"):
+        Recording.open(tmp_path)
+
+
+def test_harmful_and_clean_texts_do_not_share_a_shard(tmp_path):
+    write_texts(tmp_path / "a.safetensors", Texts(torch.ones(2, 3, 4), None, None, torch.tensor([[0.0], [1.0]])), {})
+    with pytest.raises(HGRError, match="mixes harmful and clean"):
+        Recording.open(tmp_path)
+
+
+def test_recordings_without_common_latent_sizes_are_refused(tmp_path):
+    write_toy(tmp_path, size=4)
+    (tmp_path / "runs_clean_4.safetensors").unlink()
+    with pytest.raises(HGRError, match="same latent size"):
+        trained(tmp_path, GuidanceTraining, 1, 10)
+
+
+def test_disguise_perturbs_a_share_in_units_per_channel():
+    tokens, scale = torch.zeros(4000, 2, 3), torch.tensor([0.0, 1.0, 10.0])
+    moved = disguise(tokens, scale, 0.25, torch.Generator().manual_seed(0))
+    hit = moved.flatten(1).any(dim=1)
+    assert 0.2 < hit.float().mean() < 0.3 and not moved[..., 0].any()
+    assert moved[hit][..., 2].std() / moved[hit][..., 1].std() == pytest.approx(10, rel=0.2)
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.02, abs=1e-3)
+    assert learning_rate(0, 5, 1.0) == 1.0

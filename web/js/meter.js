@@ -1,0 +1,167 @@
+// The live meter on SafeCFG Apply: per category a bar with its threshold and the trace of the run.
+//
+// Messages come from nodes/meter.py while a patched model samples. A node has no meter until its first message, and nothing of
+// it is saved with the workflow.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+const EVENT = "safecfg.meter";
+const NODE = "SafeCFG_Apply";
+const WIDGET = "safecfg_meter";
+const ROW = 20; // pixels, as in the styles below
+const MARGIN = 6; // around the meter
+const HARM = "#e24c3e";
+const CLEAN = "#58a678";
+const LIMIT = "#fac850";
+const SVG = "http://www.w3.org/2000/svg";
+
+const STYLE = `
+.safecfg-meter { box-sizing: border-box; width: 100%; padding: 2px 4px; font: 11px/18px sans-serif; overflow: hidden;
+  color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border-radius: 4px; pointer-events: none; }
+.safecfg-meter-row { display: grid; grid-template-columns: 72px 1fr 1fr; gap: 6px; height: ${ROW}px; align-items: center; }
+.safecfg-meter-name, .safecfg-meter-status { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; height: ${ROW - 2}px; }
+.safecfg-meter-status { color: var(--descrip-text, #999); }
+.safecfg-meter-track { position: relative; height: 8px; background: var(--border-color, #444); border-radius: 2px; }
+.safecfg-meter-fill { position: absolute; left: 0; top: 0; bottom: 0; border-radius: 2px; }
+.safecfg-meter-limit { position: absolute; top: -3px; bottom: -3px; width: 2px; background: ${LIMIT}; }
+.safecfg-meter svg { width: 100%; height: 14px; display: block; background: var(--border-color, #444); border-radius: 2px; }
+`;
+
+const meters = new WeakMap(); // by node: a node that is deleted takes its meter with it
+
+function create(tag, name, parent) {
+  const element = document.createElement(tag);
+  element.className = `safecfg-meter-${name}`;
+  parent.append(element);
+  return element;
+}
+
+/** One category: its name, a bar from 0 to 1 with the threshold as a tick, and the guidance over the run. */
+class Row {
+  constructor(parent, name) {
+    const row = create("div", "row", parent);
+    const label = create("div", "name", row);
+    label.textContent = label.title = name;
+    const track = create("div", "track", row);
+    this.fill = create("div", "fill", track);
+    this.limit = create("div", "limit", track);
+    const svg = document.createElementNS(SVG, "svg");
+    svg.setAttribute("viewBox", "0 0 1 1");
+    svg.setAttribute("preserveAspectRatio", "none");
+    this.line = document.createElementNS(SVG, "polyline");
+    for (const [key, value] of Object.entries({ fill: "none", "stroke-width": "1.5", "vector-effect": "non-scaling-stroke" })) {
+      this.line.setAttribute(key, value);
+    }
+    svg.append(this.line);
+    row.append(svg);
+  }
+
+  show({ value, limit, harmful }, points) {
+    this.fill.style.width = `${100 * value}%`;
+    this.fill.style.background = harmful ? HARM : CLEAN;
+    this.limit.style.left = `calc(${100 * limit}% - 1px)`;
+    this.line.setAttribute("points", points.map(([x, y]) => `${x},${1 - y}`).join(" "));
+    this.line.setAttribute("stroke", harmful ? HARM : CLEAN);
+  }
+}
+
+/** The meter of one node: it shows the run whose message came last. */
+class Meter {
+  constructor(node) {
+    this.element = document.createElement("div");
+    this.element.className = "safecfg-meter";
+    const height = () => ROW * (1 + (this.rows?.length ?? 0)) + 6 + 2 * MARGIN;
+    const options = { serialize: false, hideOnZoom: true, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
+    const widget = node.addDOMWidget(WIDGET, WIDGET, this.element, options);
+    widget.serialize = false; // neither its value in the prompt (above) nor in the workflow
+  }
+
+  /** Takes a message in; whether the meter has another height now. */
+  update(message) {
+    if (message.run !== this.run) {
+      this.run = message.run;
+      this.series = new Map();
+    }
+    const categories = message.categories.join("\n");
+    const others = categories !== this.categories;
+    if (others) {
+      this.categories = categories;
+      this.element.replaceChildren();
+      this.rows = message.categories.map((name) => new Row(this.element, name));
+      this.status = create("div", "status", this.element);
+    }
+    for (const reading of message.series) this.series.set(reading.step, reading);
+    this.message = message;
+    if (!this.due) {
+      this.due = true; // one drawing per frame, however many messages
+      requestAnimationFrame(() => {
+        this.due = false;
+        this.draw();
+      });
+    }
+    return others;
+  }
+
+  draw() {
+    const { message, series } = this;
+    const readings = [...series.values()].sort((a, b) => a.step - b.step);
+    const steps = Math.max(message.steps, readings.at(-1)?.step ?? 1); // some samplers evaluate more often than they step
+    this.rows.forEach((row, k) => {
+      const points = readings.map((r) => [steps > 1 ? (r.step - 1) / (steps - 1) : 0, r.guidance[k] ?? 0]);
+      row.show(category(message, readings, k), points);
+    });
+    this.status.textContent = status(message, readings, steps);
+  }
+}
+
+/** A category's bar: the prompt or the latest step, whichever lies closer to its threshold or further above it. */
+function category(message, readings, k) {
+  const last = readings.at(-1);
+  const prompt = message.prompt && { value: message.prompt[k] ?? 0, limit: message.prompt_thresholds[k] };
+  const guidance = last && { value: last.guidance[k] ?? 0, limit: last.thresholds[k] };
+  const margin = (bar) => (bar ? bar.value - bar.limit : -Infinity);
+  const bar = (margin(guidance) > margin(prompt) ? guidance : prompt) ?? guidance ?? { value: 0, limit: 1 };
+  const harmful = Boolean(message.prompt_redirected?.[k] || readings.some((r) => r.redirected[k]));
+  return { ...bar, harmful };
+}
+
+function status(message, readings, steps) {
+  const names = (flags) => message.categories.filter((_, k) => flags?.[k]).join(", ");
+  const prompt = names(message.prompt_redirected);
+  const guidance = names(message.categories.map((_, k) => readings.some((r) => r.redirected[k])));
+  const parts = [];
+  if (!message.done) parts.push(`step ${readings.at(-1)?.step ?? 0} of ${steps}`);
+  if (prompt) parts.push(`prompt redirected: ${prompt}`);
+  if (guidance) parts.push(`guidance redirected: ${guidance}`);
+  if (message.done && message.redirected_images) parts.push(`${message.redirected_images} of ${message.images} images`);
+  if (message.done && !message.redirected_images) parts.push("nothing was redirected");
+  return parts.join(" · ");
+}
+
+/** The node of an execution id such as 12, or 5:12 for node 12 in the subgraph node 5; null when it is not in this workflow. */
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return node?.comfyClass === NODE ? node : null;
+}
+
+function onMessage({ detail }) {
+  const node = nodeOf(detail.node);
+  if (!node) return;
+  if (!meters.has(node)) meters.set(node, new Meter(node));
+  if (meters.get(node).update(detail)) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+app.registerExtension({
+  name: "SafeCFG.Meter",
+  setup() {
+    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
+    api.addEventListener(EVENT, onMessage);
+  },
+});
