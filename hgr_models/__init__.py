@@ -12,6 +12,7 @@ from .concept import (
     sld_term,
     warm_up_steps,
 )
+from .concept_redirection import FlaggedConceptGuard, select_flagged
 from .errors import HGRError
 from .hgr import HGR, HGRInfo
 from .redirection import (
@@ -26,6 +27,7 @@ from .redirection import (
 
 __all__ = [
     "DEFAULT_CONCEPTS", "SLD_PRESETS", "ConceptGuard", "SLDSettings", "output_units", "parse_concepts", "select_concept", "sld_term",
-    "warm_up_steps", "HGR", "CategorySettings", "ConditionResult", "GuidanceResult", "HGRError", "HGRInfo", "category_weights",
-    "file_hash", "fingerprint", "load_hgr", "parse_categories", "redirect_condition", "redirect_guidance", "save_hgr",
+    "warm_up_steps", "FlaggedConceptGuard", "select_flagged", "HGR", "CategorySettings", "ConditionResult", "GuidanceResult",
+    "HGRError", "HGRInfo", "category_weights", "file_hash", "fingerprint", "load_hgr", "parse_categories", "redirect_condition",
+    "redirect_guidance", "save_hgr",
 ]  # fmt: skip

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from .. import hgr_models
 from . import audit
-from .families import check_family
+from .concept_rows import encode_prompt
+from .families import TOKENS, check_family, other_base, read_text
 from .runs import KEY, ApplySettings
 from .sampling_hooks import make_hooks, make_wrappers, put_hooks
 from .schema import HGR_TYPE, make_input, make_schema
@@ -61,6 +62,26 @@ def _check_networks(hgr, settings: ApplySettings) -> None:
             )
 
 
+def _encode_concepts(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
+    """The HGR's concept prompts per category, encoded; None where a category is off. Raises HGRError when something is missing."""
+    on = {name for name, strength in zip(hgr.info.categories, strengths, strict=True) if strength > 0}
+    prompts = {name: hgr.info.concept_prompts.get(name, "").strip() for name in hgr.info.categories if name in on}
+    if missing := [name for name, prompt in prompts.items() if not prompt]:
+        raise hgr_models.HGRError(
+            f"Redirecting by 'concept' needs a concept prompt for {', '.join(missing)}, but {hgr.path} has none. "
+            "Set `redirect` to both, switch these categories off, or load another HGR."
+        )
+    if prompts and clip is None:
+        raise hgr_models.HGRError(
+            "Redirecting by 'concept' needs a CLIP to encode the HGR's concept prompts, but none is connected. "
+            "Connect the model's own CLIP to `clip`, or set `redirect` to both."
+        )
+    encoded = {name: encode_prompt(clip, prompt) for name, prompt in prompts.items()}
+    for tokens, extras in encoded.values():
+        read_text({TOKENS: tokens, **extras}, hgr.info)  # raises for another family's CLIP
+    return tuple(encoded.get(name) for name in hgr.info.categories)
+
+
 class Apply(io.ComfyNode):
     """Patches a MODEL; see `apply`."""
 
@@ -72,7 +93,7 @@ class Apply(io.ComfyNode):
             description="Makes a model's guidance safe: what the HGR recognises as harmful is turned into the safe version of the "
             "same prompt. Pictures that are not flagged stay identical to the last bit. Put it last before the sampler.",
             search_aliases=["safety", "nsfw filter", "safe guidance", "safe latent diffusion"],
-            inputs=[*_model_inputs(), *_strength_inputs(), *_time_inputs(), *_how_inputs(), _audit_input()],
+            inputs=[*_model_inputs(), *_strength_inputs(), *_time_inputs(), *_how_inputs(), _audit_input(), _clip_input()],
             outputs=[io.Model.Output(tooltip="The model with SafeCFG, for any sampler or guider.")],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # two equal nodes have a meter each
@@ -81,7 +102,7 @@ class Apply(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, hgr, strength, threshold_offset, start_percent, end_percent, redirect, categories, strict, remember_flagged,
-        audit_log=audit.OFF,
+        audit_log=audit.OFF, clip=None,
     ):  # fmt: skip
         if not start_percent < end_percent:
             raise ValueError(f"Expected start_percent below end_percent, but got {start_percent} and {end_percent}.")
@@ -90,8 +111,12 @@ class Apply(io.ComfyNode):
         settings = ApplySettings(
             hgr.info, chosen, redirect, start_percent, end_percent, strict, remember_flagged,
             audit_log, hgr.hash, getattr(cls.hidden, "unique_id", None),
+            _encode_concepts(clip, hgr, strengths) if redirect == "concept" else (),
         )  # fmt: skip
-        return io.NodeOutput(apply(model, hgr, settings))
+        safe = apply(model, hgr, settings)
+        if (difference := other_base(model, hgr.info)) is not None:
+            logger.warning("SafeCFG: %s (%s)", difference, hgr.path)
+        return io.NodeOutput(safe)
 
 
 def _model_inputs() -> list:
@@ -157,10 +182,11 @@ def _how_inputs() -> list:
         make_input(
             io.Combo,
             "redirect",
-            options=["both", "condition", "guidance"],
+            options=["both", "condition", "guidance", "concept"],
             default="both",
             tooltip="condition: rewrites a harmful prompt's tokens once per run, at any cfg, at no cost. guidance: looks at the guidance "
-            "in every step, for what the prompt hides. both: the safest.",
+            "in every step, for what the prompt hides. both: the safest. concept: both judge; a flagged picture is steered away from "
+            "its category's concept prompt, which costs a model row per flagged category and step, and needs `clip`.",
         ),
         make_input(
             io.String,
@@ -199,4 +225,13 @@ def _audit_input():
         advanced=True,
         tooltip="Appends a line per image to output/safecfg_audit.jsonl: time, seed, HGR, scores per category, redirected or not. "
         "scores and prompt: the text of the positive prompts too. Whoever can see the output folder can read it.",
+    )
+
+
+def _clip_input():
+    return make_input(
+        io.Clip,
+        "clip",
+        optional=True,
+        tooltip="Optional, for redirect = concept only: the model's own CLIP, which encodes the concept prompts stored in the HGR.",
     )

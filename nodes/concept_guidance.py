@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from .. import hgr_models
 from .concept_hooks import KEY, ConceptSettings, make_pre_cfg, make_wrappers, put_hook
+from .concept_rows import encode_prompt
 from .schema import HGR_TYPE, make_input, make_schema
 
 CUSTOM = "custom"
@@ -48,18 +49,6 @@ def prompts_of(hgr, concepts: str) -> dict[str, str]:
     return prompts
 
 
-def encode(clip, prompt: str) -> list:
-    """[tokens, extras] of a prompt. Raises HGRError without a CLIP, or where it gives one prompt several encodings."""
-    if clip is None:
-        raise hgr_models.HGRError("Expected a CLIP, but this checkpoint has none. Connect the CLIP that belongs to the model.")
-    entries = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    if len(entries) != 1:
-        raise hgr_models.HGRError(
-            "This CLIP has scheduled hooks, which give one prompt several encodings. Connect a CLIP without."
-        )
-    return entries[0]
-
-
 class ConceptGuidance(io.ComfyNode):
     """Patches a MODEL; see `guard`."""
 
@@ -98,7 +87,7 @@ class ConceptGuidance(io.ComfyNode):
         prompts = list(prompts_of(hgr, concepts).values())
         if method == "SLD":
             prompts = [", ".join(prompts)]
-        encoded = tuple(encode(clip, prompt) for prompt in prompts)
+        encoded = tuple(encode_prompt(clip, prompt) for prompt in prompts)
         return io.NodeOutput(guard(model, ConceptSettings(sld, encoded, strict)))
 
 

@@ -5,8 +5,6 @@ the HGR judges the guidance as the model gave it, and the concepts act on what i
 """
 
 import logging
-import math
-import uuid
 from dataclasses import dataclass, field
 
 import comfy.samplers
@@ -14,22 +12,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .. import hgr_models
-from .families import MASK, OTHER_TEXT, POOLED, TOKENS, prediction_of
-from .guidance_hooks import _without_caches as without_caches
+from .concept_rows import encode_rows, past_warm_up, run_facts, unconditional_of, units_of, warm_up_limit
+from .guidance_hooks import without_caches
 from .runs import SafeCFGError, is_active
-from .sampling_hooks import PRE_CFG
-from .sampling_hooks import _is_training as is_training
+from .sampling_hooks import PRE_CFG, is_training
 
 KEY = "safecfg_concept"  # of wrappers and of the run in model_options
-SIGMA_ROUNDING = 1e-5  # relative; some samplers compute a step's sigma again
-TEXT = frozenset({TOKENS, POOLED, MASK, *OTHER_TEXT})
-# Where and when a condition acts, and what core makes of it: the concept's row covers the whole picture at every step.
-EXTENT = frozenset(
-    """
-    area clip_end_percent clip_start_percent default end_percent mask mask_strength model_conds set_area_to_bounds start_percent
-    strength timestep_end timestep_start uuid
-    """.split()
-)
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +61,6 @@ class ConceptRun:
             "the concepts are not guarded against. Use a guider with a negative prompt and a cfg other than 1."
         )
 
-    def active(self, sigma: Tensor) -> Tensor | None:
-        """Rows (B,) that are past the warm-up; None: all."""
-        return None if self.limit == math.inf else sigma.flatten() <= self.limit
-
 
 def _notice(settings: ConceptSettings, message: str) -> None:
     if settings.strict:
@@ -118,11 +102,11 @@ def make_outer_sample(settings: ConceptSettings):
             logger.warning("SafeCFG Concept Guidance: not applied while training: a LoRA learns from the model as it is.")
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         put_hook(options, make_pre_cfg(settings))
-        extra = {name: kwargs[name] for name in ("latent_shapes",) if name in kwargs}
-        run = ConceptRun(settings, guider, _limit(settings.sld, sigmas), extra, hgr_models.ConceptGuard(settings.sld))
+        limit, guard = warm_up_limit(settings.sld, sigmas), hgr_models.ConceptGuard(settings.sld)
+        run = ConceptRun(settings, guider, limit, run_facts(kwargs), guard)
         options[KEY] = run
         try:
-            if _unconditional(guider) is None:
+            if unconditional_of(guider) is None:
                 run.notice_no_unconditional()
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
@@ -133,36 +117,12 @@ def make_outer_sample(settings: ConceptSettings):
     return outer_sample
 
 
-def _limit(sld: hgr_models.SLDSettings, sigmas: Tensor) -> float:
-    first = hgr_models.warm_up_steps(sld.warm_up, len(sigmas) - 1)
-    return float(sigmas[first]) * (1 + SIGMA_ROUNDING) if first > 0 else math.inf
-
-
-def _unconditional(guider) -> dict | None:
-    """The condition that the guidance starts from, at best one for the whole picture; PerpNegGuider's is the empty one."""
-    conds = getattr(guider, "conds", {})
-    entries = conds.get("empty_negative_prompt") or conds.get("negative") or []
-    whole = [entry for entry in entries if not entry.keys() & {"area", "mask", "default"}]
-    return next(iter([*whole, *entries]), None)
-
-
 def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
     """SAMPLER_SAMPLE wrapper: core has encoded the run's conditions for the model; so are the concepts, in the same way."""
-    run = run_of(guider.model_options)
-    if run is not None and (unconditional := _unconditional(guider)) is not None:
+    if (run := run_of(guider.model_options)) is not None:
         facts = {"latent_image": latent_image, "denoise_mask": denoise_mask, "seed": extra_args.get("seed"), **run.extra}
-        concepts = [concept_condition(unconditional, concept) for concept in run.settings.concepts]
-        encode = guider.inner_model.extra_conds
-        run.conditions = comfy.samplers.encode_model_conds(encode, concepts, noise, noise.device, "negative", **facts)
+        run.conditions = encode_rows(guider, list(run.settings.concepts), noise, facts)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
-
-
-def concept_condition(unconditional: dict, concept: list) -> dict:
-    """The unconditional's condition with a concept's text: sizes, ControlNets, references and hooks stay, so that the two
-    predictions differ by the text alone."""
-    tokens, extras = concept
-    kept = {key: value for key, value in unconditional.items() if key not in TEXT | EXTENT}
-    return {**kept, **extras, TOKENS: tokens, "model_conds": {}, "uuid": uuid.uuid4()}
 
 
 def make_pre_cfg(settings: ConceptSettings):
@@ -197,15 +157,13 @@ def make_pre_cfg(settings: ConceptSettings):
 def _steer(run: ConceptRun, args: dict, uncond_denoised: Tensor) -> Tensor:
     """The prompt's prediction (B, C, *spatial), steered away from the concepts."""
     model, x, sigma, cond_denoised = args["model"], args["input"], args["sigma"], args["conds_out"][0]
-    active = run.active(sigma)
+    active = past_warm_up(sigma, run.limit)
     if run.settings.sld.memoryless and active is not None and not active.any():
         return cond_denoised  # nothing to build up: the rows are saved
     options = without_caches(args["model_options"])
     # One row at a time needs no more memory than plain CFG. [None, concept]: patches that tell the rows apart see an unconditional.
     concepts = [comfy.samplers.calc_cond_batch(model, [None, [c]], x, sigma, options)[1] for c in run.conditions]
-    sampling = model.model_sampling
-    units = hgr_models.output_units(sigma.flatten(), prediction_of(sampling), getattr(sampling, "sigma_data", 1.0))
-    return run.guard.steer(cond_denoised, uncond_denoised, concepts, units, active)
+    return run.guard.steer(cond_denoised, uncond_denoised, concepts, units_of(model, sigma), active)
 
 
 def predict_noise(executor, *args, **kwargs):

@@ -8,7 +8,7 @@ import torch
 
 from .. import hgr_models
 from .families import POOLED, TOKENS, Text, read_text
-from .runs import KEY, NEGATIVE_ROLES, Run, Window
+from .runs import KEY, NEGATIVE_ROLES, FlaggedPrompt, Run, Window
 
 ORIGINALS = f"{KEY}_originals"  # a role of our own: core encodes the original prompts of conditions that are split by time
 
@@ -17,6 +17,7 @@ def redirect_conditions(run: Run, patcher, conds: dict[str, list[dict]]) -> dict
     """A run's conditions per role, every flagged positive one replaced by a redirected copy.
 
     Outside the run's window the original prompt applies: `split_by_time` finishes that when core has encoded both.
+    In redirect mode concept they stay as they are, and the run takes down which ones are flagged.
     """
     run.saw_conditions = True
     found = [
@@ -29,6 +30,10 @@ def redirect_conditions(run: Run, patcher, conds: dict[str, list[dict]]) -> dict
     if not found:
         return conds
     flags = _read_flags(run, [(role, result) for role, _, result in found])
+    if run.settings.by_concept:
+        read = zip(found, flags, strict=True)
+        run.concepts.prompts += [FlaggedPrompt(r, conds[r][i]["uuid"], result.weights) for (r, i, result), flag in read if flag]
+        return conds
     conds = {role: list(entries) for role, entries in conds.items()}
     originals = []
     for (role, index, result), flagged in zip(found, flags, strict=True):

@@ -1,9 +1,11 @@
 """The state of one sampling run: it travels in the run's own `model_options`, so nothing outlives the run.
 
-Hooks and wrappers are plain functions that close over `ApplySettings` only (0.3.64 deep-copies `model_options`).
+Hooks and wrappers are plain functions that close over `ApplySettings` only (0.3.64 deep-copies `model_options`, and leaves
+functions as they are).
 """
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,11 +28,14 @@ class SafeCFGError(RuntimeError):
 
 @dataclass(frozen=True)
 class ApplySettings:
-    """What a `SafeCFG Apply` node was asked for, and what its HGR is for. No tensors: closures hold it."""
+    """What a `SafeCFG Apply` node was asked for, and what its HGR is for. Closures hold it: nothing in it belongs to a run.
+
+    `concepts`: per category the HGR's encoded concept prompt [tokens, extras], None where it is off; for redirect mode concept.
+    """
 
     info: hgr_models.HGRInfo
     categories: hgr_models.CategorySettings
-    redirect: str = "both"  # condition, guidance or both
+    redirect: str = "both"  # condition, guidance, both or concept
     start_percent: float = 0.0
     end_percent: float = 1.0
     strict: bool = False
@@ -38,6 +43,7 @@ class ApplySettings:
     audit_log: str = "off"  # audit.LEVELS
     hgr_hash: str = ""
     node_id: str | None = None  # of the SafeCFG Apply node that asked, for its meter
+    concepts: tuple[list | None, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def identity(self) -> tuple:
@@ -46,11 +52,16 @@ class ApplySettings:
 
     @property
     def by_condition(self) -> bool:
-        return self.redirect in ("both", "condition")
+        return self.redirect in ("both", "condition", "concept")
 
     @property
     def by_guidance(self) -> bool:
-        return self.redirect in ("both", "guidance")
+        return self.redirect in ("both", "guidance", "concept")
+
+    @property
+    def by_concept(self) -> bool:
+        """Both redirectors then only judge."""
+        return self.redirect == "concept"
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,36 @@ def is_active(conditions: list[dict] | None, sigma: Tensor) -> bool:
     return any((start is None or now <= _float32(start)) and (end is None or now >= _float32(end)) for start, end in bounds)
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One call of the model on a latent x (B, C, *spatial) at noise levels sigma (B,), as core's hooks describe it."""
+
+    model: object
+    x: Tensor
+    sigma: Tensor
+    model_options: dict
+
+
+@dataclass(frozen=True, eq=False)
+class FlaggedPrompt:
+    """A condition that the condition redirector flagged: its role, the name (uuid) that core gave it, category weights (N, K)."""
+
+    role: str
+    name: object
+    weights: Tensor
+
+
+@dataclass(eq=False)
+class Concepts:
+    """What redirect mode concept keeps for a run."""
+
+    limit: float = math.inf  # the highest sigma after SLD's warm-up
+    facts: dict = field(default_factory=dict)  # what this host's core gives a condition's encoding besides the usual
+    conditions: dict[int, dict] = field(default_factory=dict)  # by category: its concept, encoded for the model
+    prompts: list[FlaggedPrompt] = field(default_factory=list)
+    guards: dict[str, hgr_models.FlaggedConceptGuard] = field(default_factory=dict)  # per guidance direction
+
+
 @dataclass(eq=False)
 class Run:
     """One sampling run. Evaluation: one call of the model with all its conditions."""
@@ -103,6 +144,7 @@ class Run:
     probing: bool = False  # the next redirection is of a direction that a probe gave
     flagged_probe: Lagged = field(default_factory=Lagged)
     flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
+    concepts: Concepts = field(default_factory=Concepts)
     evaluation: int = 0  # how many there were, this one included
     saw_conditions: bool = False
     split_roles: list[tuple[str, object]] = field(default_factory=list)  # (role, uuid) of conditions to split by time
@@ -152,16 +194,18 @@ class Run:
         return conds.get(base) or conds.get("negative") or None
 
     def probe_due(self) -> bool:
-        """Counts an evaluation without a negative; True at the probes, and as long as the last one was flagged."""
+        """Counts an evaluation without a negative; True at the probes, as long as the last one was flagged, and always where
+        redirect mode concept has a flagged prompt to redirect."""
         due = {int(part * self.steps) for part in PROBES}
         self.probes += 1
         flagged = self.flagged_probe.take()
-        return (flagged is not None and bool(flagged)) or self.probes - 1 in due
+        return (flagged is not None and bool(flagged)) or self.probes - 1 in due or bool(self.concepts.prompts)
 
     def clear(self) -> None:
         """Lets go of everything that belongs to the run."""
         self.guider = None
         self.flagged.clear()
+        self.concepts = Concepts()
         self.split_roles.clear()
         self.flagged_probe = Lagged()
         self.last_denoised = None

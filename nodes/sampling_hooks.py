@@ -6,7 +6,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from . import audit, conditions, guidance_hooks, traces
+from . import audit, concept_mode, conditions, guidance_hooks, traces
 from .families import check_family
 from .runs import KEY, NEGATIVE_ROLES, ApplySettings, Run, Window, patcher_of, run_of
 
@@ -52,13 +52,15 @@ def make_outer_sample(settings: ApplySettings):
         executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None, **kwargs
     ):
         guider, options = executor.class_obj, executor.class_obj.model_options
-        if _is_training(sampler):
+        if is_training(sampler):
             put_hooks(options, {})
             logger.warning("SafeCFG: not applied while training: a LoRA learns from the model as it is.")
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
         check_family(guider.model_patcher, settings.info)  # a node after Apply may have patched the sampling
         put_hooks(options, make_hooks(settings))
         run = options[KEY] = _start_run(settings, guider, sigmas)
+        if settings.by_concept:
+            concept_mode.start(run, sigmas, kwargs)
         try:
             _notice_missing_negative(run)
             _audit(run, [])
@@ -134,7 +136,8 @@ def _notice_missing_negative(run: Run) -> None:
         )
 
 
-def _is_training(sampler) -> bool:
+def is_training(sampler) -> bool:
+    """Whether core trains a LoRA with this sampler."""
     return bool(getattr(comfy.model_management, "in_training", False)) or type(sampler).__name__ == "TrainSampler"
 
 
@@ -150,8 +153,12 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     return real_model, conds, models
 
 
-def sampler_sample(executor, guider, *args, **kwargs):
+def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
     """SAMPLER_SAMPLE wrapper: here the conditions are encoded, and those that act for a part of the run are split."""
-    if (run := run_of(guider.model_options)) is not None and run.split_roles:
+    run = run_of(guider.model_options)
+    if run is not None and run.split_roles:
         conditions.split_by_time(run, guider.conds)
-    return executor(guider, *args, **kwargs)
+    if run is not None and run.settings.by_concept:
+        facts = {"latent_image": latent_image, "denoise_mask": denoise_mask, "seed": extra_args.get("seed")}
+        concept_mode.encode(run, guider, noise, **facts)
+    return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)

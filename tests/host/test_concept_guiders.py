@@ -4,7 +4,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_perpneg
-from safecfg.nodes.concept_hooks import concept_condition
+from safecfg.nodes.concept_rows import concept_condition
 from safecfg.nodes.runs import SafeCFGError
 
 from concept_fakes import CONCEPTS, SIGMA, SOFT, alone, basic_guider, cfg_guider, expected, guarded, published

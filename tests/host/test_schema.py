@@ -29,7 +29,7 @@ def test_the_order_of_widgets_is_stable():
         "SafeCFG_LoadHGR": ["hgr_name"],
         "SafeCFG_Apply": [
             "model", "hgr", "strength", "threshold_offset", "start_percent", "end_percent", "redirect", "categories", "strict",
-            "remember_flagged",
+            "remember_flagged", "audit_log", "clip",
         ],
         "SafeCFG_DemoModel": [],
         "SafeCFG_PromptBatch": ["clip", "text"],
