@@ -12,6 +12,7 @@ from .fine_tune import FineTuneSafeLora
 from .image_gate import ImageGate
 from .loader import LoadHGR, register_folder
 from .prompt_batch import PromptBatch
+from .prompt_pairs import PromptPairs
 from .record_guidance import RecordGuidance
 from .report import Report
 from .roc_report import RocReport
@@ -19,7 +20,7 @@ from .train_hgr import TrainHGR
 
 NODES = [
     LoadHGR, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, DetectHarm, ImageGate, RocReport, Report,
-    RecordGuidance, TrainHGR, CheckHGR, FineTuneSafeLora,
+    PromptPairs, RecordGuidance, TrainHGR, CheckHGR, FineTuneSafeLora,
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The demo world's prompt pairs for `SafeCFG Prompt Pairs`, with the demo's own held-out split."""
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ..demo import prompts as demo
 from ..demo import world
@@ -23,37 +23,48 @@ def demo_world(
     The share `held_out` of them shows pictograms, pairs of pictograms or words that the demo keeps out of training, the others
     never do. The same arguments always give the same prompts.
     """
-    material, kept = Material(), set(categories)
+    material, kept, seen = Material(), set(categories), set()
     for out, share in ((False, 1 - held_out), (True, held_out)):
         for category in categories:
             rng = random.Random(f"{seed} {category} {out}")
             drawn = (pair for pair in _pairs(category, kept, out, rng))
-            found = _different(drawn, round(pairs * share), lambda pair: (pair.harmful, pair.safe))
+            found = _different(drawn, round(pairs * share), lambda pair: (pair.harmful, pair.safe), seen)
             material.pairs += [Sourced(pair, ORIGIN, out) for pair in found]
             if len(found) < round(pairs * share):
                 kind = "held-out" if out else "training"
                 material.notes.append(f"{category}: the demo world has no more than {len(found)} {kind} pairs")
         prompts = (p for p in _clean(out, random.Random(f"{seed} clean {out}")) if not set(words_of(p)) & set(avoid))
-        material.clean += [Clean(p, p, out) for p in _different(prompts, round(clean * share), lambda prompt: prompt)]
+        material.clean += [Clean(p, p, out) for p in _different(prompts, round(clean * share), str, seen)]
     return material
 
 
-def _different(drawn: Iterator, count: int, key) -> list:
-    found, failed = {}, 0
+def _different(drawn: Iterator, count: int, key: Callable, seen: set) -> list:
+    """`count` items whose keys are not in `seen`, which grows; fewer when there are no more."""
+    found, failed = [], 0
     while len(found) < count and failed < TRIES:
         item = next(drawn)
-        failed = failed + 1 if key(item) in found else 0
-        found.setdefault(key(item), item)
-    return list(found.values())
+        if key(item) in seen:
+            failed += 1
+        else:
+            seen.add(key(item))
+            found.append(item)
+            failed = 0
+    return found
 
 
 def _pairs(category: str, kept: set[str], held_out: bool, rng: random.Random) -> Iterator[PromptPair]:
     """Pairs that show this category, and others only of those that are kept."""
     while True:
         pair = _held_out_pair(rng) if held_out else demo.harmful_pair(rng)
-        if category in pair.harms <= kept and pair.prompt != pair.partner:
-            shown = sorted(w for w in words_of(pair.prompt) if w in world.CATEGORY or demo.category_of(w))
-            yield PromptPair(pair.prompt, pair.partner, pair.harms, pair.removed, " and ".join(shown))
+        if category not in pair.harms or not pair.harms <= kept or pair.prompt == pair.partner:
+            continue
+        if held_out or not demo.held_out(_names(pair.partner)):  # a partner must not give away a held-out clean prompt
+            yield PromptPair(pair.prompt, pair.partner, pair.harms, pair.removed, " and ".join(_names(pair.prompt)))
+
+
+def _names(prompt: str) -> list[str]:
+    """The pictograms and words of harm that a prompt names."""
+    return sorted(word for word in words_of(prompt) if word in world.CATEGORY or demo.category_of(word))
 
 
 def _held_out_pair(rng: random.Random) -> demo.Pair:

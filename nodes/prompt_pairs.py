@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..hgr_models import HGRError, file_hash
 from ..hgr_models import pairs as pp
 from . import demo_pairs
+from .meter import current_server
 from .schema import PROMPTS_TYPE, make_input, make_schema
 
 SEVEN, DEMO, OWN = "seven categories", "demo world", "own only"
@@ -35,8 +36,12 @@ def input_file(name: str) -> Path:
 
 def own_material(own_pairs: str, own_category: str, file: str) -> pp.Material:
     """The user's own prompts: those of the text, then those of the file."""
-    # Rows of a file may lack a category too.
-    category = pp.category_name(own_category) if own_pairs.strip() or file != NO_FILE else ""
+    category = ""
+    if own_pairs.strip() or file != NO_FILE:  # rows of a file may lack a category too
+        try:
+            category = pp.category_name(own_category)
+        except HGRError as error:
+            raise HGRError(f"own_category: {error}.") from error
     own = pp.parse_own(own_pairs, category)
     return own + pp.read_file(input_file(file), category) if file != NO_FILE else own
 
@@ -48,7 +53,10 @@ def make_prompts(
 
     Raises HGRError for unknown categories, categories without pairs, and prompts that contradict each other.
     """
-    built_in = {SEVEN: pp.CATEGORIES, DEMO: demo_pairs.CATEGORIES, OWN: ()}[prompt_set]
+    sets = {SEVEN: pp.CATEGORIES, DEMO: demo_pairs.CATEGORIES, OWN: ()}
+    if prompt_set not in sets:  # not every host looks it up in the list
+        raise HGRError(f"There is no prompt set {prompt_set!r}; there is {', '.join(sets)}.")
+    built_in = sets[prompt_set]
     others = dict.fromkeys(c for item in own.pairs for c in sorted(item.pair.harms))
     if not built_in and not others:
         raise HGRError(f"Expected pairs of your own with the set {OWN!r}, but there are none. Write some, or choose another set.")
@@ -99,7 +107,7 @@ class PromptPairs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file, **others):
-        return file_hash(str(input_file(file))) if file != NO_FILE else ""
+        return "" if file in (None, NO_FILE) else file_hash(str(input_file(file)))
 
     @classmethod
     def execute(cls, prompt_set, categories, pairs_per_category, clean_prompts, own_pairs, own_category, file, held_out, seed):
@@ -113,14 +121,16 @@ class PromptPairs(io.ComfyNode):
 
 def _show(node: type, text: str) -> None:
     """Writes a text under the node, where a front end is connected; none shows another node's PreviewText by itself."""
-    from server import PromptServer  # only a running ComfyUI has one
-
-    server, node_id = getattr(PromptServer, "instance", None), getattr(node.hidden, "unique_id", None)
+    server, node_id = current_server(), getattr(node.hidden, "unique_id", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
 
 
 def _inputs() -> list:
+    return [*_built_in_inputs(), *_own_inputs(), *_split_inputs()]
+
+
+def _built_in_inputs() -> list:
     return [
         make_input(
             io.Combo,
@@ -153,26 +163,6 @@ def _inputs() -> list:
             tooltip="Built-in prompts that must stay untouched, a third of which only sound harmful. More of them keep more pictures "
             "bit-identical. 0: only those of a file.",
         ),
-        *_own_inputs(),
-        make_input(
-            io.Float,
-            "held_out",
-            default=0.1,
-            min=0.0,
-            max=0.5,
-            step=0.05,
-            tooltip="The share that training never sees and that the result is judged by. Whole subjects are held out. "
-            "The demo world has a split of its own, of which this is the share.",
-        ),
-        make_input(
-            io.Int,
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=False,  # other prompts at every run would mean another training
-            tooltip="Fixes which prompts are drawn and which are held out. Keep it to resume a training.",
-        ),
     ]
 
 
@@ -199,5 +189,29 @@ def _own_inputs() -> list:
             default=NO_FILE,
             tooltip="A .csv or .json file in ComfyUI's input folder with harmful, safe and category (several separated by |). "
             "A row with safe alone is a clean prompt. The help page has the details.",
+        ),
+    ]
+
+
+def _split_inputs() -> list:
+    return [
+        make_input(
+            io.Float,
+            "held_out",
+            default=0.1,
+            min=0.0,
+            max=0.5,
+            step=0.05,
+            tooltip="The share that training never sees and that the result is judged by. Whole subjects are held out. "
+            "The demo world has a split of its own, of which this is the share.",
+        ),
+        make_input(
+            io.Int,
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=False,  # other prompts at every run would mean another training
+            tooltip="Fixes which prompts are drawn and which are held out. Keep it to resume a training.",
         ),
     ]

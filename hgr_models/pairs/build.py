@@ -73,7 +73,7 @@ def keep_categories(text: str, available: Sequence[str]) -> tuple[str, ...]:
 
 
 def clean_words_to_avoid(pairs: Sequence[Sourced], known: Collection[str]) -> frozenset[str]:
-    """Words that stand for the categories outside `known`: half of a category's harmful prompts have them, and no safe one.
+    """Words that stand for the categories outside `known`: most of a category's harmful prompts have them, and no safe one.
 
     Built-in clean prompts know nothing of such a category: one that shows it would be learnt as harmless.
     """
@@ -82,7 +82,7 @@ def clean_words_to_avoid(pairs: Sequence[Sourced], known: Collection[str]) -> fr
         own = [item.pair for item in pairs if category in item.pair.removed]
         counts = Counter(word for pair in own for word in words_of(pair.harmful))
         safe = {word for pair in own for word in words_of(pair.safe)}
-        found |= {word for word, count in counts.items() if 2 * count >= len(own)} - safe - FUNCTION_WORDS
+        found |= {word for word, count in counts.items() if 2 * count > len(own)} - safe - FUNCTION_WORDS
     return frozenset(found)
 
 

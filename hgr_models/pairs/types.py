@@ -55,8 +55,11 @@ class PromptSet:
     def __post_init__(self):
         present = {c for pair in self.pairs for c in pair.harms}
         known = set(self.categories)
-        if not self.categories or (empty := [c for c in self.categories if c not in present]):
-            raise HGRError(f"Expected at least one pair in each category, but there is none in {listed(empty) or 'any'}.")
+        empty = [c for c in self.categories if c not in present]
+        if empty or not self.categories:
+            raise HGRError(
+                f"Expected at least one pair in each category, but there is none in {listed(empty) or 'any: there is no category'}."
+            )
         if strange := {c for pair in (*self.pairs, *self.held_out_pairs) for c in pair.harms} - known:
             raise HGRError(f"Expected pairs of {listed(known)} only, but some are of {listed(strange)}.")
         if missing := known - self.concept_prompts.keys():

@@ -8,6 +8,9 @@ from comfy_api.latest import io
 from safecfg.nodes import NODES
 from safecfg.nodes.schema import make_input, make_schema
 
+COUNTS = ("harmful_runs", "clean_runs", "calibration_runs")
+RUNS = ("run_steps", "batch", "sizes", "samplers", "scheduler", "cfg_min", "cfg_max", "negatives", "seed")
+
 
 def test_unknown_attributes_are_left_out():
     schema = make_schema(node_id="X", inputs=[make_input(io.Float, "x", default=1.0, of_the_next_host=3)], of_the_next_host=4)
@@ -33,4 +36,36 @@ def test_the_order_of_widgets_is_stable():
         ],
         "SafeCFG_DemoModel": [],
         "SafeCFG_PromptBatch": ["clip", "text"],
+        "SafeCFG_PromptPairs": [
+            "prompt_set", "categories", "pairs_per_category", "clean_prompts", "own_pairs", "own_category", "file", "held_out",
+            "seed",
+        ],
+        "SafeCFG_ConceptGuidance": [
+            "model", "clip", "hgr", "method", "preset", "warm_up", "safety_scale", "threshold", "momentum_scale",
+            "momentum_beta", "concepts", "strict",
+        ],
+        "SafeCFG_DetectPromptHarm": ["conditioning", "hgr", "threshold", "categories"],
+        "SafeCFG_DetectHarm": [
+            "model", "hgr", "negative", "image", "latent", "vae", "positive", "threshold", "categories", "longest_side", "draws",
+            "fixed_seed",
+        ],
+        "SafeCFG_ImageGate": ["images", "mode", "threshold", "blur_cells", "notice", "scores", "flagged"],
+        "SafeCFG_RocReport": [
+            "hgr", "source", "false_positive_rate", "folder", "longest_side", "harmful_prompts", "clean_prompts", "model", "vae",
+            "negative", "clip",
+        ],
+        "SafeCFG_Report": ["model", "latent"],
+        "SafeCFG_RecordGuidance": ["model", "clip", "prompts", "name", *COUNTS, *RUNS, "latent"],
+        "SafeCFG_TrainHGR": [
+            "model", "clip", "prompts", "name", "train", "condition_steps", "guidance_steps", "learning_rate", "size",
+            "false_positive_rate", *COUNTS, *RUNS, "checkpointing", "resume", "latent",
+        ],
+        "SafeCFG_CheckHGR": [
+            "model", "clip", "hgr", "prompts", "harmful_runs", "clean_runs", "false_positive_rate", "save_as", *RUNS, "latent",
+        ],
+        "SafeCFG_FineTuneSafeLoRA": [
+            "model", "clip", "hgr", "vae", "prompts", "images", "latents", "captions", "latent", "text", "file", "name",
+            "categories", "rank", "alpha", "layers", "steps", "learning_rate", "runs", "run_steps", "batch", "sizes", "samplers",
+            "scheduler", "cfg_min", "cfg_max", "seed", "checkpointing", "resume",
+        ],
     }  # fmt: skip
