@@ -1,6 +1,7 @@
 """`SafeCFG Apply`: a MODEL whose harmful guidance is redirected in every sampler that uses it."""
 
 import logging
+from dataclasses import replace
 
 from comfy_api.latest import io
 
@@ -39,10 +40,10 @@ def install(model, patcher, settings: ApplySettings) -> None:
 def apply(model, hgr, settings: ApplySettings):
     """A clone of a MODEL with SafeCFG; with every strength 0 it has none, and draws what the model alone draws.
 
-    Raises HGRError when the HGR was trained for another family, or lacks a network that `settings.redirect` needs.
+    Raises HGRError when the HGR was trained for another family, or lacks a network that `settings` need.
     """
     check_family(model, settings.info)
-    _check_networks(hgr, settings)
+    settings = _with_networks(hgr, settings)
     model = model.clone()
     if remove(model):
         logger.warning("SafeCFG: this model went through SafeCFG Apply before; only the last one (%s) counts.", hgr.path)
@@ -51,15 +52,21 @@ def apply(model, hgr, settings: ApplySettings):
     return model
 
 
-def _check_networks(hgr, settings: ApplySettings) -> None:
+def _with_networks(hgr, settings: ApplySettings) -> ApplySettings:
+    """Settings that need only networks which the HGR has: `both` goes on with one, unless it is strict."""
     networks = {"condition": settings.by_condition, "guidance": settings.by_guidance}
     for name, wanted in networks.items():
-        if wanted and getattr(hgr.patcher.model, name) is None:
-            other = "guidance" if name == "condition" else "condition"
-            raise hgr_models.HGRError(
-                f"Redirecting by {settings.redirect!r} needs a {name} redirector, but {hgr.path} has none. "
-                f"Set `redirect` to {other}, or load another HGR."
-            )
+        if not wanted or getattr(hgr.patcher.model, name) is not None:
+            continue
+        other = "guidance" if name == "condition" else "condition"
+        if settings.redirect == "both" and not settings.strict:
+            logger.warning("SafeCFG: %s has no %s redirector; only its %s redirector acts.", hgr.path, name, other)
+            return replace(settings, redirect=other)
+        raise hgr_models.HGRError(
+            f"Redirecting by {settings.redirect!r} needs a {name} redirector, but {hgr.path} has none. "
+            f"Set `redirect` to {other}, or load another HGR."
+        )
+    return settings
 
 
 def _encode_concepts(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | None, ...]:

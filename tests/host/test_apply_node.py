@@ -1,6 +1,7 @@
 """The node `SafeCFG Apply` itself: what its widgets do."""
 
 import pytest
+from comfy.patcher_extension import WrappersMP
 from safecfg.hgr_models import HGRError
 from safecfg.nodes.apply import Apply
 
@@ -48,3 +49,18 @@ def test_wrong_categories_are_said(tiny_model, text):
 def test_an_empty_window_is_refused(tiny_model):
     with pytest.raises(ValueError, match="start_percent below end_percent, but got 0.5 and 0.5"):
         run(tiny_model, start_percent=0.5, end_percent=0.5)
+
+
+def test_both_with_one_network_warns_or_stops(tiny_model, caplog):
+    hgr = make_hgr()
+    hgr.patcher.model.guidance = None
+    settings = settings_of_wrappers(Apply.execute(tiny_model, hgr, **WIDGETS).result[0])
+    assert settings.redirect == "condition" and "has no guidance redirector; only its condition redirector acts" in caplog.text
+    with pytest.raises(HGRError, match="'both' needs a guidance redirector"):
+        Apply.execute(tiny_model, hgr, **{**WIDGETS, "strict": True})
+
+
+def settings_of_wrappers(model):
+    """What the wrappers of a MODEL without CFG hooks close over."""
+    ((wrapper,),) = [by_key.values() for kind, by_key in model.wrappers.items() if kind == WrappersMP.OUTER_SAMPLE]
+    return next(c.cell_contents for c in wrapper[0].__closure__)

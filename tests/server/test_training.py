@@ -58,7 +58,7 @@ def test_cancel_in_the_front_end_keeps_what_there_is(server, prompt_error):
     prompt = prompt_of(server, "train_hgr", train="condition", name="cancelled", condition_steps=100_000)
 
     def cancel():
-        while "condition redirector: step" not in server.log():
+        while "cancelled: condition redirector: step" not in server.log():
             time.sleep(0.2)
         urllib.request.urlopen(urllib.request.Request(f"{server.url}/interrupt", method="POST"), timeout=10)
 
