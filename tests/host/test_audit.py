@@ -28,8 +28,8 @@ def lines(folder) -> list[dict]:
 
 
 def test_off_by_default(tiny_model, tiny_cond, output):
-    widget = Apply.define_schema().inputs[-1]  # the last: widget values are stored by position
-    assert widget.id == "audit_log" and widget.default == "off" and widget.optional
+    (widget,) = [i for i in Apply.define_schema().inputs if i.id == "audit_log"]
+    assert widget.default == "off" and widget.optional
     sample(apply_hgr(tiny_model), tiny_cond(1), tiny_cond(2))
     assert not output.exists()
 
