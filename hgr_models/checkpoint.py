@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -21,6 +22,8 @@ from .hgr import HGR, HGRInfo
 FORMAT_VERSION = 1
 KEY = "safecfg_hgr"  # of the metadata entry
 SAMPLED_TENSORS, SAMPLED_VALUES = 16, 256  # of a fingerprint
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_DEPTH, LARGEST_WIDTH = 256, 65536  # of a network that a file may describe
 
 
 def save_hgr(path: str | os.PathLike, hgr: HGR, dtype: torch.dtype = torch.float16) -> None:
@@ -59,16 +62,18 @@ def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
         )
     try:
         info = _info(about["info"])
-        condition = ConditionConfig(**about["condition"]) if about["condition"] else None
-        guidance = GuidanceConfig(**about["guidance"]) if about["guidance"] else None
+        condition = ConditionConfig(**about["condition"]) if about["condition"] is not None else None
+        guidance = GuidanceConfig(**about["guidance"]) if about["guidance"] is not None else None
     except (KeyError, TypeError, AttributeError) as error:
         raise HGRError(
             f"The metadata of {path} is not that of an HGR ({error}). Use a file made by SafeCFG Train HGR."
         ) from error
     info.validate(str(path))
     _check_sizes(path, info, condition, guidance)
+    with torch.device("meta"):  # takes no memory, whatever the metadata asks for
+        expected = HGR(info, condition, guidance).state_dict()
+    _check_tensors(path, tensors, expected)
     hgr = HGR(info, condition, guidance, ops)
-    _check_tensors(path, tensors, hgr.state_dict())
     # fp32 while it is small: harmfulness near a threshold must not depend on the rounding of weights in use.
     hgr.load_state_dict({k: v.float() for k, v in tensors.items()})
     return hgr.eval().requires_grad_(False)
@@ -100,20 +105,37 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    if not path.is_file():
+    if not is_file(path):
         raise HGRError(f"There is no HGR file {path}. Put the .safetensors file into models/hgr.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise HGRError(
-                    f"Expected an HGR in {path}, but its metadata has no {KEY!r}: it is some other model. Use a file made by SafeCFG Train HGR."
-                )
-            return json.loads(metadata[KEY]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {k: file.get_tensor(k) for k in file.keys()} if KEY in metadata else {}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise HGRError(f"{path} is not a complete safetensors file ({error}). Download or copy it again.") from error
-    except json.JSONDecodeError as error:
+    if KEY not in metadata:
+        raise HGRError(
+            f"Expected an HGR in {path}, but its metadata has no {KEY!r}: it is some other model. Use a file made by SafeCFG Train HGR."
+        )
+    return _json(path, metadata[KEY]), tensors
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a plain file, under a name that can exist: reading a pipe would wait for ever."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _json(path: Path, text: str) -> dict:
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise HGRError(f"The metadata of {path} is not JSON ({error}). Download or copy it again.") from error
+    if not isinstance(about, dict):
+        raise HGRError(f"The metadata of {path} is not that of an HGR (no object). Use a file made by SafeCFG Train HGR.")
+    return about
 
 
 def _info(values: dict) -> HGRInfo:
@@ -125,7 +147,11 @@ def _info(values: dict) -> HGRInfo:
 
 
 def _check_sizes(path: Path, info: HGRInfo, condition: ConditionConfig | None, guidance: GuidanceConfig | None) -> None:
-    """The networks must have the sizes that the metadata promises."""
+    """The networks must have sizes that exist, and those that the metadata promises."""
+    if condition is None and guidance is None:
+        raise HGRError(f"Expected a condition redirector, a guidance redirector or both in {path}, but it has neither.")
+    for config in filter(None, (condition, guidance)):
+        _check_config(path, config)
     pairs = [("categories", len(info.categories), c.categories) for c in (condition, guidance) if c]
     if condition:
         pairs += [
@@ -144,6 +170,21 @@ def _check_sizes(path: Path, info: HGRInfo, condition: ConditionConfig | None, g
             )
 
 
+def _check_config(path: Path, config: ConditionConfig | GuidanceConfig) -> None:
+    for name, size in asdict(config).items():
+        lowest = 0 if name == "pooled_width" else 1
+        largest = LARGEST_DEPTH if name.endswith("depth") else LARGEST_WIDTH
+        if type(size) is not int or not lowest <= size <= largest:
+            raise HGRError(
+                f"Expected {name} from {lowest} to {largest} in {path}, but got {size!r}. The file is damaged: download it again."
+            )
+    groups = math.lcm(config.heads, 8 if isinstance(config, GuidanceConfig) else 1)  # its GroupNorms have 8
+    if config.width % groups:
+        raise HGRError(
+            f"Expected a width that {groups} divides in {path}, but got {config.width}. The file is damaged: download it again."
+        )
+
+
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if missing := sorted(expected.keys() - tensors.keys()):
         raise HGRError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]!r}. Download or copy it again.")
@@ -154,6 +195,10 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, T
     for key, tensor in tensors.items():
         if tensor.shape != expected[key].shape:
             raise HGRError(f"Expected {key!r} of shape {tuple(expected[key].shape)} in {path}, but got {tuple(tensor.shape)}.")
+        if tensor.dtype not in DTYPES:
+            raise HGRError(
+                f"Expected {key!r} in fp16, bf16 or fp32 in {path}, but got {tensor.dtype}. Train or download the HGR again."
+            )
         if not torch.isfinite(tensor).all():
             raise HGRError(
                 f"{key!r} in {path} holds values that are not finite (NaN or infinity). Train or download the HGR again."

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from .condition import ConditionConfig, ConditionRedirector
 from .errors import HGRError
 from .guidance import GuidanceConfig, GuidanceRedirector
 from .redirection import log_snr_of
+
+LARGEST = 1e9  # of any number in the metadata
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class HGRInfo:
 
     def validate(self, file: str = "this HGR") -> None:
         """Raises HGRError when the fields contradict each other."""
+        self._check_types(file)
         k, levels = len(self.categories), len(self.guidance_levels) + 1
         if k == 0 or len(set(self.categories)) != k or not all(isinstance(c, str) and c.strip() for c in self.categories):
             raise HGRError(
@@ -50,6 +55,26 @@ class HGRInfo:
             raise HGRError(f"Expected thresholds from 0 to 1 in {file}, but got {values}. Calibrate it again.")
         if self.latent_dimensions not in (2, 3):
             raise HGRError(f"Expected latent_dimensions 2 or 3 in {file}, but got {self.latent_dimensions}.")
+        if any(low >= high for low, high in pairwise(self.guidance_levels)):
+            raise HGRError(f"Expected ascending guidance levels in {file}, but got {self.guidance_levels}. Calibrate it again.")
+
+    def _check_types(self, file: str) -> None:
+        """Values from a file may be anything that JSON knows; an integer there may have thousands of digits."""
+        numbers = (self.guidance_levels, self.condition_thresholds, self.picture_thresholds, *self.guidance_thresholds)
+        sizes = (self.latent_channels, self.latent_dimensions, self.token_width, self.pooled_width)
+        wrong = {
+            "texts": [v for v in (*self.categories, self.latent_format, self.prediction, self.base) if not isinstance(v, str)],
+            "finite numbers": [
+                v for row in numbers for v in row if not isinstance(v, Real) or isinstance(v, bool) or not abs(v) < LARGEST
+            ],
+            "sizes": [v for v in sizes if type(v) is not int or not 0 <= v < LARGEST],
+            "objects": [v for v in (self.concept_prompts, self.training) if not isinstance(v, dict)],
+        }
+        prompts = self.concept_prompts if isinstance(self.concept_prompts, dict) else {}
+        wrong["texts"] += [v for pair in prompts.items() for v in pair if not isinstance(v, str)]
+        for what, values in wrong.items():
+            if values:
+                raise HGRError(f"Expected {what} in the metadata of {file}, but got {str(values[0])[:80]!r}. Train it again.")
 
 
 def uncalibrated_info(facts: Mapping) -> HGRInfo:

@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import is_file
 from .errors import HGRError
 from .recording import Points, Prompts
+from .shard_check import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, KINDS, TEXTS, finite, problem_of  # noqa: F401 (kinds, for those who write)
 
 FORMAT_VERSION = 1
 KEY = "safecfg_shard"  # of the metadata entry
-HARMFUL, CLEAN, CALIBRATION = "harmful", "clean", "calibration"  # kinds of shards of runs
-TEXTS, CALIBRATION_TEXTS = "texts", "calibration texts"  # kinds of shards of prompts
 MAX_HALF = 6e4
 
 
@@ -42,7 +42,7 @@ class Texts:
 
 
 def write_runs(path: str | os.PathLike, kind: str, points: Points, prompts: Prompts, about: dict) -> None:
-    """Writes one batch of runs of a kind (`HARMFUL`, `CLEAN` or `CALIBRATION`); the file appears whole or not at all.
+    """Writes one batch of runs of a kind of `shard_check`; the file appears whole or not at all.
 
     `points.prompt` are rows of `prompts`. `about` is anything JSON that names where the runs come from; every shard of a
     recording has the same.
@@ -112,7 +112,7 @@ class Shard:
 
     def texts(self, rows: Tensor) -> Texts:
         """Encoded prompts at these rows (B,) of the prompts, float32."""
-        get = lambda name: self.tensors[name][rows].float() if name in self.tensors else None  # noqa: E731
+        get = lambda name: finite(self.path, self.tensors[name][rows].float()) if name in self.tensors else None  # noqa: E731
         return Texts(get("prompts.tokens"), get("prompts.pooled"), get("prompts.mask"), get("prompts.harms"))
 
     def runs(self) -> Points:
@@ -121,7 +121,7 @@ class Shard:
 
     def points(self, rows: Tensor) -> tuple[Points, Prompts]:
         """Recorded points at these rows (B,) with their prompts, row for row, float32."""
-        get = lambda name: self.tensors[name][rows].float()  # noqa: E731
+        get = lambda name: finite(self.path, self.tensors[name][rows].float())  # noqa: E731
         uncond, guidance = get("uncond_denoised"), get("guidance")
         partner = get("partner_guidance") if self.kind == HARMFUL else guidance
         places = self.tensors["prompt"][rows]
@@ -134,15 +134,24 @@ class Shard:
 def read_shard(path: str | os.PathLike) -> Shard:
     """Maps a shard. Raises HGRError, naming the file, when it is damaged or was not written by this version."""
     path = Path(path)
+    if not is_file(path):
+        raise HGRError(f"There is no shard {path}. Record again.")
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise HGRError(f"{path} is not a complete shard ({error}). Delete it and record again.") from error
-    if not header or header.get("format_version") != FORMAT_VERSION:
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         raise HGRError(f"Expected a shard of format version {FORMAT_VERSION} in {path}. Delete it and record again.")
-    return Shard(path, header["kind"], header["about"], tensors)
+    kind = header.get("kind")
+    if kind not in KINDS or "about" not in header:
+        raise HGRError(
+            f"Expected a shard of {', '.join(KINDS)} in {path}, but got {str(kind)[:80]!r}. Delete it and record again."
+        )
+    if problem := problem_of(kind, tensors):
+        raise HGRError(f"{path} is damaged: {problem}. Delete it and record again.")
+    return Shard(path, kind, header["about"], tensors)
 
 
 class Recording:

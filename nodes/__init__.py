@@ -2,8 +2,10 @@
 
 from comfy_api.latest import ComfyExtension
 
+from . import enforce
 from .apply import Apply
 from .check_hgr import CheckHGR
+from .combine_hgr import CombineHGR
 from .concept_guidance import ConceptGuidance
 from .demo_model import DemoModel
 from .detect_harm import DetectHarm
@@ -19,7 +21,7 @@ from .roc_report import RocReport
 from .train_hgr import TrainHGR
 
 NODES = [
-    LoadHGR, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, DetectHarm, ImageGate, RocReport, Report,
+    LoadHGR, CombineHGR, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, DetectHarm, ImageGate, RocReport, Report,
     PromptPairs, RecordGuidance, TrainHGR, CheckHGR, FineTuneSafeLora,
 ]  # fmt: skip
 
@@ -28,7 +30,9 @@ class SafeCFGExtension(ComfyExtension):
     """The pack's nodes, for ComfyUI's V3 loader."""
 
     async def on_load(self) -> None:
+        enforce.register()
         register_folder()
 
     async def get_node_list(self):
-        return NODES
+        enforce.register()  # not every host calls on_load
+        return NODES + enforce.extra_nodes()

@@ -50,9 +50,10 @@ def _csv_rows(reader, names: list[str]) -> Iterator[Row]:
 
 def json_rows(path: Path) -> tuple[list[Row], set[str]]:
     """The rows, and the keys that nothing uses. Raises HGRError for a file that is not JSON with lists of prompts."""
+    text = _read(path)
     try:
-        content = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise HGRError(f"{path.name} is not JSON: {error}.") from error
     content = {"pairs": content} if isinstance(content, list) else content
     if not isinstance(content, dict) or not all(isinstance(content.get(key, []), list) for key in ("pairs", "clean")):
