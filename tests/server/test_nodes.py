@@ -96,7 +96,7 @@ def test_everything_has_a_tooltip(server):
     assert ours.keys() >= {"SafeCFG_LoadHGR", "SafeCFG_Apply", "SafeCFG_DemoModel", "SafeCFG_PromptBatch"}
     for info in ours.values():
         assert info["category"] == "SafeCFG" and info["description"]
-        inputs = [spec for kind in info["input"].values() for spec in kind.values()]
+        inputs = [spec for kind in ("required", "optional") for spec in info["input"].get(kind, {}).values()]
         assert all(spec[1]["tooltip"] for spec in inputs) and len(info["output_tooltips"]) == len(info["output"])
         assert all(info["output_tooltips"])
         help_page = server.base / "custom_nodes" / "safecfg" / "web" / "docs" / f"{info['name']}.md"
