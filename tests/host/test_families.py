@@ -48,7 +48,7 @@ def test_predictions_are_told_from_their_bases(name, ours):
 def test_a_missing_network_is_said(tiny_model, redirect, lacking):
     other = "guidance" if lacking == "condition" else "condition"
     with pytest.raises(HGRError, match=f"needs a {lacking} redirector.*Set `redirect` to {other}"):
-        apply_hgr(tiny_model, make_hgr(networks=(other,)), redirect=redirect)
+        apply_hgr(tiny_model, make_hgr(networks=(other,)), redirect=redirect, strict=True)
 
 
 @pytest.mark.parametrize("redirect", ["guidance", "condition"])
