@@ -207,7 +207,7 @@ def _end_inputs() -> list:
     return [
         make_input(
             io.Boolean, "checkpointing", default=True, advanced=True,
-            tooltip="Gradient checkpointing: a third more time, a fraction of the memory. Switch it off for small models.",
+            tooltip="Gradient checkpointing: less memory for more time. Switch it off for small models.",
         ),
         make_input(
             io.Boolean, "resume", default=True,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .. import hgr_models
 from ..hgr_models.detection import Detection, Looks, Seen, detect, prompt_scores
+from .bare import without_safecfg
 from .families import TOKENS, check_family, family_of_hgr, read_text
 from .guidance_hooks import CACHES
 from .runs import KEY, is_active
-from .sampling_hooks import put_hooks
 
 SMALLEST = 16  # of a latent's sides: a UNet halves it three times, and cannot normalise a single value
 
@@ -95,23 +95,14 @@ def look(model, hgr, latents: Tensor, negative: list, positive: list | None = No
             "Load another HGR; this one can only judge prompts (SafeCFG Detect Prompt Harm)."
         )
     _check_latents(latents, hgr.info)
-    guider = comfy.samplers.CFGGuider(_bare(model, hgr.patcher))
+    bare = without_safecfg(model, CACHES)
+    bare.set_additional_models(KEY, [hgr.patcher])  # core loads the HGR beside the model
+    guider = comfy.samplers.CFGGuider(bare)
     guider.inner_set_conds({"negative": negative, **({} if positive is None else {"positive": positive})})
     levels = [float(model.get_model_object("model_sampling").percent_to_sigma(part)) for part in looks.levels]
     sampler = Looking(hgr.patcher, looks)
     guider.sample(torch.zeros_like(latents), latents, sampler, torch.tensor([*levels, 0.0]), disable_pbar=True, seed=looks.seed)
     return Detection(sampler.found.scores.cpu(), sampler.found.places.cpu())
-
-
-def _bare(model, patcher):
-    """A clone without SafeCFG's hooks and without caches, with an HGR that core loads beside it."""
-    model = model.clone()
-    for kind in list(model.wrappers):
-        for key in (KEY, *CACHES):
-            model.remove_wrappers_with_key(kind, key)
-    put_hooks(model.model_options, {})
-    model.set_additional_models(KEY, [patcher])
-    return model
 
 
 def _check_latents(latents: Tensor, info: hgr_models.HGRInfo) -> None:

@@ -54,7 +54,7 @@ def estimate(session, record_only: bool = False) -> Cost:
     parts = _seconds(plan, session, row, step)
     if record_only:
         parts = {name: seconds for name, seconds in parts.items() if name in ("prompts", "recording")}
-    return Cost(parts, _bytes_on_disk(plan, session, shape), 400 * 2**20)
+    return Cost(parts, _bytes_on_disk(plan, session, shape), _bytes_of_training(plan, session))
 
 
 def _seconds(plan: TrainPlan, session, row: float, step: float) -> dict[str, float]:
@@ -105,6 +105,14 @@ def _seconds_per_guidance_step(session, shape: tuple[int, ...]) -> float:
             float(b.detach())
             seconds = time.monotonic() - started
     return seconds
+
+
+def _bytes_of_training(plan: TrainPlan, session) -> int:
+    """Both redirectors with their averages, gradients and two moments, float32; the recording is mapped, not loaded."""
+    info = session.new_info()
+    with torch.device("meta"):
+        hgr = hgr_models.HGR(info, *plan.configs(info))
+    return 5 * 4 * sum(p.numel() for p in hgr.parameters())
 
 
 def _bytes_on_disk(plan: TrainPlan, session, shape: tuple[int, ...]) -> int:
