@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from .. import hgr_models
 from ..hgr_models.combined import CombinedHGR
-from .loader import HGRModel, core_patcher
+from .loader import HGRModel, frozen_patcher
 from .schema import HGR_TYPE, make_input, make_schema
 
 
@@ -33,15 +33,7 @@ def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False)
     """
     hgrs = [hgr_models.load_hgr(file, ops=comfy.ops.manual_cast) for file in files]
     hgr = CombinedHGR(hgrs, [Path(file).stem for file in files])
-    hgr.eval().requires_grad_(False)
-    patcher = core_patcher(
-        hgr,
-        disable_dynamic,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    patcher.cached_patcher_init = (load_combined_patcher, (files,))
-    return patcher
+    return frozen_patcher(hgr, disable_dynamic, (load_combined_patcher, (files,)))
 
 
 def combine(hgrs: Sequence[HGRModel]) -> CombinedHGRModel:

@@ -48,18 +48,23 @@ def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.mode
     return patcher(module, **devices)
 
 
-def load_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The networks of a file in a patcher of their own; core calls it again for a copy on another GPU."""
-    hgr = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast)
-    hgr.eval().requires_grad_(False)
+def frozen_patcher(networks, disable_dynamic: bool, again: tuple) -> comfy.model_patcher.ModelPatcher:
+    """A patcher for networks in which nothing learns; `again`: what core calls, and with what, for a copy on another GPU."""
+    networks.eval().requires_grad_(False)
     patcher = core_patcher(
-        hgr,
+        networks,
         disable_dynamic,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_patcher, (path,))
+    patcher.cached_patcher_init = again
     return patcher
+
+
+def load_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The networks of a file in a patcher of their own."""
+    hgr = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast)
+    return frozen_patcher(hgr, disable_dynamic, (load_patcher, (path,)))
 
 
 def load_hgr_model(path: str) -> HGRModel:
