@@ -2,23 +2,23 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import enforce
-from .apply import Apply
-from .check_hgr import CheckHGR
-from .combine_hgr import CombineHGR
-from .concept_guidance import ConceptGuidance
-from .demo_model import DemoModel
-from .detect_harm import DetectHarm
-from .detect_prompt import DetectPromptHarm
-from .fine_tune import FineTuneSafeLora
-from .image_gate import ImageGate
+from .concept.concept_guidance import ConceptGuidance
+from .demo_world.demo_model import DemoModel
+from .demo_world.prompt_batch import PromptBatch
+from .detection.detect_harm import DetectHarm
+from .detection.detect_prompt import DetectPromptHarm
+from .detection.image_gate import ImageGate
+from .detection.roc_report import RocReport
+from .enforcement import enforce
 from .loader import LoadHGR, register_folder
-from .prompt_batch import PromptBatch
-from .prompt_pairs import PromptPairs
-from .record_guidance import RecordGuidance
-from .report import Report
-from .roc_report import RocReport
-from .train_hgr import TrainHGR
+from .redirect.apply import Apply
+from .redirect.combine_hgr import CombineHGR
+from .reporting.report import Report
+from .training.check_hgr import CheckHGR
+from .training.fine_tune import FineTuneSafeLora
+from .training.prompt_pairs import PromptPairs
+from .training.record_guidance import RecordGuidance
+from .training.train_hgr import TrainHGR
 
 NODES = [
     LoadHGR, CombineHGR, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, DetectHarm, ImageGate, RocReport, Report,

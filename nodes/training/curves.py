@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from ..drawing import COLOURS, FAINT, INK, MARGIN, PAPER, ROW, TRACK, font
+from ..reporting.drawing import COLOURS, FAINT, INK, MARGIN, PAPER, ROW, TRACK, font
 
 WIDTH, HEIGHT, LEFT = 460, 180, 46  # of a plot, and of the space for its numbers, in pixels
 PARTS = ("condition", "guidance")
@@ -49,10 +49,11 @@ def draw(history: list[dict], categories: tuple[str, ...], name: str, notes: Seq
 def _plots(entries: list[dict], categories: tuple[str, ...]) -> list[tuple[str, list[Line]]]:
     column = lambda key: [entry[key] for entry in entries]  # noqa: E731
     accuracy = [Line(c, [entry["accuracy"][k] for entry in entries]) for k, c in enumerate(categories)]
-    distance = [Line("after", column("error")), Line("before", column("before"))]
+    held_out = [value for entry in entries if (value := entry.get("held_out")) is not None]
+    distance = [Line("after", column("error")), Line("before", column("before")), Line("after, on runs not trained on", held_out)]
     return [
         ("loss", [Line("loss", column("loss"))]),
-        ("distance to the partner's direction, after and before", distance),
+        ("distance to the partner's direction: after, before; on held-out runs", distance),
         ("accuracy per category", accuracy),
     ]
 

@@ -5,7 +5,7 @@ import logging
 from comfy_execution.utils import get_executing_context
 
 from ... import hgr_models
-from ..meter import current_server
+from ..reporting.meter import current_server
 from .plan import TrainPlan, recording_folder
 from .reserve import with_reserved
 from .session import Session

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...hgr_models.train_lora import Change
-from ..drawing import COLOURS, INK, MARGIN, PAPER, ROW, font, to_tensor
-from ..encoding import encode_batch
+from ..reporting.drawing import COLOURS, INK, MARGIN, PAPER, ROW, font, to_tensor
 from .curves import HEIGHT, LEFT, WIDTH, Line, plot
+from .encoding import encode_batch
 from .recorder import RunSettings, empty_latent
 
 PREVIEW_STEPS = 20

@@ -15,7 +15,7 @@ from ...hgr_models.pairs import PromptPair, PromptSet
 from ...hgr_models.recording import Points, Policy, Prompts
 from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, TEXTS, write_runs, write_texts
 from ...hgr_models.training import disguise
-from ..encoding import encode_batch, text_of
+from .encoding import encode_batch, text_of
 
 TEXT_BATCH = 32
 LOOKS, LOOK_PARTS = 2, (0.35, 0.9)  # how often, and at which parts of the schedule, a finished run is looked at as a picture

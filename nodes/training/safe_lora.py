@@ -19,8 +19,8 @@ from ...hgr_models import training_state as state
 from ...hgr_models.lora import LoRA, LoraSettings, new_lora
 from ...hgr_models.lora_samples import read_samples
 from ...hgr_models.train_lora import Change, LoraTraining
-from ..bare import without_safecfg
 from ..families import TOKENS, base_of_model, check_family, family_of_model, read_text
+from .bare import without_safecfg
 from .estimate import BACKWARD, Cost
 from .frozen import FrozenModel
 from .lora_report import draw_curves

@@ -19,9 +19,9 @@ from ...hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, Recording
 from ...hgr_models.train_condition import ConditionTraining
 from ...hgr_models.train_guidance import GuidanceTraining
 from ...hgr_models.training import StepReport, Training
-from ..bare import without_safecfg
-from ..encoding import encode_batch, text_of
 from . import curves, estimate
+from .bare import without_safecfg
+from .encoding import encode_batch, text_of
 from .facts import recording_facts
 from .frozen import FrozenModel, gradient_error
 from .plan import TrainPlan
@@ -30,6 +30,7 @@ from .recorder import FOLLOW, clean_pairs, plan_jobs, record, write_prompts
 
 MAX_GRADIENT_ERROR = 0.3
 REPORT_EVERY = 10  # steps
+DISTANCES = {"before": "before", "error": "after", "held_out": "after on runs that were not trained on"}  # of a step report
 PROOFS = {"upper_bound_prompts": "clean prompts", "upper_bound_runs": "clean runs"}
 
 logger = logging.getLogger(__name__)
@@ -99,10 +100,11 @@ class Session:
         lines = [f"{path}: {', '.join(hgr.info.categories)}", *self.notes]
         for part, training in self.trainings.items():
             last = [entry for entry in self.history if entry["part"] == part][-20:]
-            means = {key: sum(entry[key] for entry in last) / max(1, len(last)) for key in ("error", "before")}
-            lines.append(
-                f"{part} redirector: {training.step} steps, distance to the safe direction {means['before']:.2f} before, {means['error']:.2f} after"
-            )
+            text = f"{part} redirector: {training.step} steps, distance to the safe direction"
+            for key, what in DISTANCES.items():
+                values = [entry[key] for entry in last if entry.get(key) is not None]
+                text += f", {sum(values) / len(values):.2f} {what}" if values else ""
+            lines.append(text)
         bounds = [f"{100 * proof[key]:.2g} % of {what}" for key, what in PROOFS.items() if key in proof]
         lines.append(f"false alarms, 95 % upper bounds: {', '.join(bounds)} (asked for: {100 * proof['rate']:.2g} % of pictures)")
         return "\n".join(lines)
@@ -173,7 +175,14 @@ class Session:
                 return self._without_gradients(error)
             if frozen.half:
                 training.scale = max(training.scale, 2.0**12) if training.step == 0 else training.scale
-            self._steps("condition", training, plan.condition_steps, lambda: training.train_step(recording, frozen.predict))
+            recording, held_out = recording.divided()
+            self._steps(
+                "condition",
+                training,
+                plan.condition_steps,
+                lambda: training.train_step(recording, frozen.predict),
+                None if held_out is None else lambda: training.error_on(held_out, frozen.predict),
+            )
         return True
 
     def _without_gradients(self, error: float) -> bool:
@@ -193,10 +202,15 @@ class Session:
         training = GuidanceTraining(hgr, self.plan.guidance_steps, self.plan.runs.seed + 1, 1.5 * self.plan.learning_rate)
         self._take_up("guidance", training)
         half = training.steps // 2 if self.plan.policy_runs and self.model is not None else 0
-        self._steps("guidance", training, half, lambda: training.train_step(recording))
+        self._guidance_steps(training, recording, half)
         if half:
             recording = self._record_policy(hgr)
-        self._steps("guidance", training, training.steps, lambda: training.train_step(recording))
+        self._guidance_steps(training, recording, training.steps)
+
+    def _guidance_steps(self, training: GuidanceTraining, recording: Recording, until: int) -> None:
+        recording, held_out = recording.divided()
+        error_on = None if held_out is None else lambda: training.error_on(held_out)
+        self._steps("guidance", training, until, lambda: training.train_step(recording), error_on)
 
     def _record_policy(self, hgr) -> Recording:
         """Runs that follow the HGR in training: it must turn what it will meet."""
@@ -212,13 +226,21 @@ class Session:
             self._record(jobs, "recording on-policy", policy)
         return Recording.open(self.folder)
 
-    def _steps(self, part: str, training: Training, until: int, step: Callable[[], StepReport]) -> None:
-        """Trains to a step; what is there is stored when it ends, for whatever reason."""
+    def _steps(
+        self,
+        part: str,
+        training: Training,
+        until: int,
+        step: Callable[[], StepReport],
+        held_out: Callable[[], float] | None,
+    ) -> None:
+        """Trains to a step; what is there is stored when it ends, for whatever reason. `held_out` measures on other runs."""
         started, first = time.monotonic(), training.step
         try:
             while training.step < until:
                 report = step()
                 if training.step % REPORT_EVERY == 0:
+                    report.held_out = held_out() if held_out else None
                     self.history.append({"part": part, "step": training.step, **asdict(report)})
                 each = (time.monotonic() - started) / (training.step - first)
                 self.progress.rate(part, each * training.steps)

@@ -19,8 +19,8 @@ from ... import hgr_models
 from ...hgr_models.lora import LoRA
 from ...hgr_models.lora_samples import Samples, read_samples, write_samples
 from ...hgr_models.shards import Texts
-from ..encoding import encode_batch, text_of
 from ..families import POOLED
+from .encoding import encode_batch, text_of
 from .recorder import RunSettings, empty_latent
 
 BASE, SAFE, STUDENT, PICTURES = "base", "safe", "student", "pictures"  # what runs follow; pictures are noised, not sampled

@@ -64,6 +64,20 @@ def run_inputs() -> list:
     ]  # fmt: skip
 
 
+def end_inputs(what: str) -> list:
+    """How a training uses memory, and whether it goes on; `what` is its name in a sentence."""
+    return [
+        make_input(
+            io.Boolean, "checkpointing", default=True, advanced=True,
+            tooltip="Gradient checkpointing: less memory for more time. Switch it off for small models.",
+        ),
+        make_input(
+            io.Boolean, "resume", default=True,
+            tooltip=f"Go on with the {what} of this name where it stopped. Off: begin again, and delete what was recorded under this name.",
+        ),
+    ]  # fmt: skip
+
+
 def latent_input():
     return make_input(
         io.Latent, "latent", optional=True,

@@ -7,8 +7,8 @@ import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg import hgr_models
 from safecfg.hgr_models import SLDSettings
-from safecfg.nodes.concept_guidance import guard
-from safecfg.nodes.concept_hooks import ConceptSettings
+from safecfg.nodes.concept.concept_guidance import guard
+from safecfg.nodes.concept.concept_hooks import ConceptSettings
 
 from fakes import INFO, Once, apply_hgr, guide, make_hgr
 from tiny import tiny_conditioning

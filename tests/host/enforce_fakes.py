@@ -3,8 +3,9 @@
 import types
 
 from safecfg import hgr_models
-from safecfg.nodes import NODES, enforce
-from safecfg.nodes.enforced_graph import GUARD, WITHOUT_MODEL, is_link
+from safecfg.nodes import NODES
+from safecfg.nodes.enforcement import enforce
+from safecfg.nodes.enforcement.enforced_graph import GUARD, WITHOUT_MODEL, is_link
 
 import nodes as core
 

@@ -8,9 +8,9 @@ import torch
 from safecfg import hgr_models
 from safecfg.hgr_models.condition import ConditionConfig
 from safecfg.hgr_models.guidance import GuidanceConfig
-from safecfg.nodes.apply import apply
 from safecfg.nodes.loader import HGRModel, core_patcher
-from safecfg.nodes.runs import ApplySettings
+from safecfg.nodes.redirect.apply import apply
+from safecfg.nodes.redirect.runs import ApplySettings
 
 CPU = torch.device("cpu")
 INFO = hgr_models.HGRInfo(

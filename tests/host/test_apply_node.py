@@ -3,7 +3,7 @@
 import pytest
 from comfy.patcher_extension import WrappersMP
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.apply import Apply
+from safecfg.nodes.redirect.apply import Apply
 
 from fakes import make_hgr
 

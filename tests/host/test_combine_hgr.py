@@ -6,8 +6,8 @@ import pytest
 import torch
 from safecfg import hgr_models
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.combine_hgr import CombineHGR, combine
 from safecfg.nodes.loader import load_hgr_model
+from safecfg.nodes.redirect.combine_hgr import CombineHGR, combine
 
 from fakes import ALWAYS, INFO, NEVER, KnownRedirection, Once, apply_hgr, guide, make_hgr, sample
 from test_guiders import cfg_guider

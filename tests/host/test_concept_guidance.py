@@ -11,8 +11,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from safecfg.hgr_models import SLD_PRESETS, HGRError, SLDSettings, output_units, parse_concepts
-from safecfg.nodes import concept_hooks
-from safecfg.nodes.concept_guidance import ConceptGuidance, prompts_of
+from safecfg.nodes.concept import concept_hooks
+from safecfg.nodes.concept.concept_guidance import ConceptGuidance, prompts_of
 from safecfg.nodes.families import PREDICTIONS, prediction_of
 
 from concept_fakes import CONCEPTS, SIGMA, SOFT, alone, cfg_guider, expected, guarded, published

@@ -10,8 +10,9 @@ import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg import hgr_models
 from safecfg.hgr_models import SLD_PRESETS
-from safecfg.nodes import concept_mode, sampling_hooks
-from safecfg.nodes.runs import SafeCFGError
+from safecfg.nodes.concept import concept_mode
+from safecfg.nodes.redirect import sampling_hooks
+from safecfg.nodes.redirect.runs import SafeCFGError
 
 from concept_fakes import (
     SEEDS,

@@ -7,8 +7,8 @@ import zlib
 import pytest
 import torch
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.apply import Apply
 from safecfg.nodes.families import base_of_model
+from safecfg.nodes.redirect.apply import Apply
 
 from concept_fakes import WITH_CONCEPTS, KnownFlags
 from fakes import INFO, make_hgr, sample

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safecfg.demo import files, sampling
 from safecfg.demo.pipeline import DemoModel as PlainDemo
-from safecfg.nodes.demo_model import DemoModel, demo_unet
+from safecfg.nodes.demo_world.demo_model import DemoModel, demo_unet
 
 import nodes as core
 

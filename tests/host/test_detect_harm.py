@@ -10,9 +10,10 @@ import pytest
 import torch
 from safecfg.hgr_models import HGRError
 from safecfg.hgr_models.detection import LEVELS, Detection, Looks
-from safecfg.nodes import drawing, looking
-from safecfg.nodes.detect_harm import DetectHarm
-from safecfg.nodes.looking import fitted, heat_map, look
+from safecfg.nodes.detection import looking
+from safecfg.nodes.detection.detect_harm import DetectHarm
+from safecfg.nodes.detection.looking import fitted, heat_map, look
+from safecfg.nodes.reporting import drawing
 
 from fake_vae import Vae
 from fakes import INFO, apply_hgr, make_hgr

@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.detect_prompt import DetectPromptHarm
-from safecfg.nodes.looking import detect_prompts
+from safecfg.nodes.detection.detect_prompt import DetectPromptHarm
+from safecfg.nodes.detection.looking import detect_prompts
 
 from fakes import INFO, make_hgr
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safecfg.nodes import roc_report
-from safecfg.nodes.demo_model import demo_clip
-from safecfg.nodes.looking import detect_prompts
-from safecfg.nodes.roc_report import RocReport, batches, points, read_picture, report
+from safecfg.nodes.demo_world.demo_model import demo_clip
+from safecfg.nodes.detection import roc_report
+from safecfg.nodes.detection.looking import detect_prompts
+from safecfg.nodes.detection.roc_report import RocReport, batches, points, read_picture, report
 
 from fake_vae import Vae
 from fakes import INFO, make_hgr

@@ -4,8 +4,8 @@ import copy
 import types
 
 import pytest
-from safecfg.nodes import enforce
-from safecfg.nodes.enforced_graph import rewrite
+from safecfg.nodes.enforcement import enforce
+from safecfg.nodes.enforcement.enforced_graph import rewrite
 
 import nodes as core
 from enforce_fakes import CLASSES, node, save_hgr, unguarded, workflow

@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from safecfg.nodes.enforced_graph import GUARD, LOWEST, OURS, Refusal, check_nodes, pack_of, rewrite
+from safecfg.nodes.enforcement.enforced_graph import GUARD, LOWEST, OURS, Refusal, check_nodes, pack_of, rewrite
 
 import nodes as core
 from enforce_fakes import CLASSES, SAMPLER, node, unguarded, workflow

@@ -9,10 +9,10 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg.hgr_models import HGRError
-from safecfg.nodes import enforce
-from safecfg.nodes.enforced_model import check_guider_models, enforced, one_per_family
+from safecfg.nodes.enforcement import enforce
+from safecfg.nodes.enforcement.enforced_model import check_guider_models, enforced, one_per_family
 from safecfg.nodes.families import family_of_hgr
-from safecfg.nodes.runs import SafeCFGError
+from safecfg.nodes.redirect.runs import SafeCFGError
 
 from enforce_fakes import save_hgr
 from fakes import INFO, NEVER, Once, apply_hgr, guide, make_hgr, sample

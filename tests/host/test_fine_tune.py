@@ -15,12 +15,12 @@ from safecfg import hgr_models
 from safecfg.hgr_models.lora import load_lora, lora_from
 from safecfg.hgr_models.lora_samples import read_samples
 from safecfg.hgr_models.pairs import PromptPair, PromptSet
-from safecfg.nodes.apply import apply
-from safecfg.nodes.demo_model import DemoModel
+from safecfg.nodes.demo_world.demo_model import DemoModel
 from safecfg.nodes.families import base_of_model
-from safecfg.nodes.fine_tune import FineTuneSafeLora, session_folder
 from safecfg.nodes.loader import SHIPPED, HGRModel, core_patcher, load_hgr_model
+from safecfg.nodes.redirect.apply import apply
 from safecfg.nodes.training import frozen, safe_lora
+from safecfg.nodes.training.fine_tune import FineTuneSafeLora, session_folder
 from safecfg.nodes.training.unlabelled_inputs import gather_prompts
 
 import nodes as core_nodes

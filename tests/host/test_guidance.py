@@ -8,8 +8,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache
 from safecfg import hgr_models
-from safecfg.nodes import sampling_hooks
-from safecfg.nodes.runs import SafeCFGError
+from safecfg.nodes.redirect import sampling_hooks
+from safecfg.nodes.redirect.runs import SafeCFGError
 
 from fakes import KnownRedirection, apply_hgr, sample
 

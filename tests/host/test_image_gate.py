@@ -6,8 +6,9 @@ import logging
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
-from safecfg.nodes import drawing, scores
-from safecfg.nodes.image_gate import ImageGate, blurred, decide, replaced
+from safecfg.nodes.detection import scores
+from safecfg.nodes.detection.image_gate import ImageGate, blurred, decide, replaced
+from safecfg.nodes.reporting import drawing
 
 WIDGETS = {"mode": "blur", "threshold": 0.0, "blur_cells": 8, "notice": "This picture was held back."}
 UNKNOWN = object()

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
-from safecfg.nodes import meter
-from safecfg.nodes.readings import Lagged
+from safecfg.nodes.redirect.readings import Lagged
+from safecfg.nodes.reporting import meter
 
 from fakes import apply_hgr, sample
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from safecfg.nodes.demo_model import demo_clip
-from safecfg.nodes.prompt_batch import PromptBatch, encode_batch
+from safecfg.nodes.demo_world.demo_model import demo_clip
+from safecfg.nodes.demo_world.prompt_batch import PromptBatch, encode_batch
 
 
 @pytest.fixture(scope="module")

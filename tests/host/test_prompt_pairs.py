@@ -9,9 +9,9 @@ from safecfg.demo import prompts as demo_prompts
 from safecfg.demo import words, world
 from safecfg.hgr_models import HGRError
 from safecfg.hgr_models.pairs import CATEGORIES, PromptSet
-from safecfg.nodes import demo_pairs
-from safecfg.nodes import prompt_pairs as node_file
-from safecfg.nodes.prompt_pairs import DEMO, NO_FILE, OWN, SEVEN, PromptPairs
+from safecfg.nodes.training import demo_pairs
+from safecfg.nodes.training import prompt_pairs as node_file
+from safecfg.nodes.training.prompt_pairs import DEMO, NO_FILE, OWN, SEVEN, PromptPairs
 
 WIDGETS = {
     "prompt_set": SEVEN, "categories": "", "pairs_per_category": 20, "clean_prompts": 30, "own_pairs": "", "own_category": "own",

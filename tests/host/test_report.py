@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from safecfg.nodes import report_drawing, scores, traces
-from safecfg.nodes.drawing import COLOURS, HARM
-from safecfg.nodes.report import Report
-from safecfg.nodes.traces import ImageTrace, PromptReading, TraceStore
+from safecfg.nodes.detection import scores
+from safecfg.nodes.reporting import report_drawing, traces
+from safecfg.nodes.reporting.drawing import COLOURS, HARM
+from safecfg.nodes.reporting.report import Report
+from safecfg.nodes.reporting.traces import ImageTrace, PromptReading, TraceStore
 
 import nodes
 from fakes import NEVER, KnownRedirection, apply_hgr, make_hgr

@@ -10,10 +10,10 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg.hgr_models import CategorySettings, GuidanceResult
-from safecfg.nodes import traces
-from safecfg.nodes.readings import Readings
-from safecfg.nodes.runs import KEY
-from safecfg.nodes.traces import STORE, TraceStore, trace_of
+from safecfg.nodes.redirect.readings import Readings
+from safecfg.nodes.redirect.runs import KEY
+from safecfg.nodes.reporting import traces
+from safecfg.nodes.reporting.traces import STORE, TraceStore, trace_of
 
 import nodes
 from fakes import INFO, NEVER, KnownRedirection, apply_hgr, make_hgr

@@ -10,12 +10,12 @@ import torch
 from safecfg import hgr_models
 from safecfg.hgr_models.pairs import PromptPair, PromptSet
 from safecfg.hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, Recording
-from safecfg.nodes.apply import Apply
-from safecfg.nodes.demo_model import DemoModel
-from safecfg.nodes.record_guidance import RecordGuidance
-from safecfg.nodes.train_hgr import TrainHGR
+from safecfg.nodes.demo_world.demo_model import DemoModel
+from safecfg.nodes.redirect.apply import Apply
 from safecfg.nodes.training import frozen, session
 from safecfg.nodes.training.plan import recording_folder
+from safecfg.nodes.training.record_guidance import RecordGuidance
+from safecfg.nodes.training.train_hgr import TrainHGR
 
 SMALL = {
     "harmful_runs": 6, "clean_runs": 4, "calibration_runs": 4, "run_steps": 3, "batch": 2, "sizes": "128x128, 96x128",

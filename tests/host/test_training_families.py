@@ -7,8 +7,8 @@ import comfy.supported_models
 import pytest
 import torch
 from safecfg import hgr_models
-from safecfg.nodes.apply import Apply
-from safecfg.nodes.check_hgr import CheckHGR
+from safecfg.nodes.redirect.apply import Apply
+from safecfg.nodes.training.check_hgr import CheckHGR
 
 from test_training import APPLY, SMALL, folders, prompt_set, train  # noqa: F401 (folders is a fixture)
 

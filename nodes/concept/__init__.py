@@ -1,0 +1,1 @@
+"""Training-free guidance by concept prompts."""

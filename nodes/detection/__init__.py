@@ -1,0 +1,1 @@
+"""Detectors of harm in prompts and pictures, and what acts on them."""

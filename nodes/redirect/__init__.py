@@ -1,0 +1,1 @@
+"""Redirecting guidance while a model samples: the Apply node and its hooks."""

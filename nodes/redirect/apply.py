@@ -1,0 +1,244 @@
+"""`SafeCFG Apply`: a MODEL whose harmful guidance is redirected in every sampler that uses it."""
+
+import logging
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ... import hgr_models
+from ..concept.concept_rows import encode_prompt
+from ..families import TOKENS, check_family, other_base, read_text
+from ..reporting import audit
+from ..schema import HGR_TYPE, make_input, make_schema
+from .runs import KEY, ApplySettings
+from .sampling_hooks import make_hooks, make_wrappers, put_hooks
+
+logger = logging.getLogger(__name__)
+
+
+def remove(model) -> bool:
+    """Takes SafeCFG out of a MODEL that the caller owns; whether it was there."""
+    was_there = KEY in model.additional_models
+    model.remove_additional_models(KEY)
+    model.remove_attachments(KEY)
+    for kind in list(model.wrappers):
+        model.remove_wrappers_with_key(kind, KEY)
+    if was_there:
+        put_hooks(model.model_options, {})
+    return was_there
+
+
+def install(model, patcher, settings: ApplySettings) -> None:
+    """Puts SafeCFG into a MODEL that the caller owns."""
+    model.set_additional_models(KEY, [patcher])
+    model.set_attachments(KEY, settings)  # SafeCFG Report asks for it
+    put_hooks(model.model_options, make_hooks(settings))
+    for kind, wrapper in make_wrappers(settings).items():
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def apply(model, hgr, settings: ApplySettings):
+    """A clone of a MODEL with SafeCFG; with every strength 0 it has none, and draws what the model alone draws.
+
+    Raises HGRError when the HGR was trained for another family, or lacks a network that `settings` need.
+    """
+    check_family(model, settings.info)
+    settings = _with_networks(hgr, settings)
+    model = model.clone()
+    if remove(model):
+        logger.warning("SafeCFG: this model went through SafeCFG Apply before; only the last one (%s) counts.", hgr.path)
+    if any(settings.categories.strengths):
+        install(model, hgr.patcher, settings)
+    return model
+
+
+def _with_networks(hgr, settings: ApplySettings) -> ApplySettings:
+    """Settings that need only networks which the HGR has: `both` goes on with one, unless it is strict."""
+    networks = {"condition": settings.by_condition, "guidance": settings.by_guidance}
+    for name, wanted in networks.items():
+        if not wanted or getattr(hgr.patcher.model, name) is not None:
+            continue
+        other = "guidance" if name == "condition" else "condition"
+        if settings.redirect == "both" and not settings.strict:
+            logger.warning("SafeCFG: %s has no %s redirector; only its %s redirector acts.", hgr.path, name, other)
+            return replace(settings, redirect=other)
+        raise hgr_models.HGRError(
+            f"Redirecting by {settings.redirect!r} needs a {name} redirector, but {hgr.path} has none. "
+            f"Set `redirect` to {other}, or load another HGR."
+        )
+    return settings
+
+
+def _encode_concepts(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
+    """The HGR's concept prompts per category, encoded; None where a category is off. Raises HGRError when something is missing."""
+    on = {name for name, strength in zip(hgr.info.categories, strengths, strict=True) if strength > 0}
+    prompts = {name: hgr.info.concept_prompts.get(name, "").strip() for name in hgr.info.categories if name in on}
+    if missing := [name for name, prompt in prompts.items() if not prompt]:
+        raise hgr_models.HGRError(
+            f"Redirecting by 'concept' needs a concept prompt for {', '.join(missing)}, but {hgr.path} has none. "
+            "Set `redirect` to both, switch these categories off, or load another HGR."
+        )
+    if prompts and clip is None:
+        raise hgr_models.HGRError(
+            "Redirecting by 'concept' needs a CLIP to encode the HGR's concept prompts, but none is connected. "
+            "Connect the model's own CLIP to `clip`, or set `redirect` to both."
+        )
+    encoded = {name: encode_prompt(clip, prompt) for name, prompt in prompts.items()}
+    for tokens, extras in encoded.values():
+        read_text({TOKENS: tokens, **extras}, hgr.info)  # raises for another family's CLIP
+    return tuple(encoded.get(name) for name in hgr.info.categories)
+
+
+class Apply(io.ComfyNode):
+    """Patches a MODEL; see `apply`."""
+
+    @classmethod
+    def define_schema(cls):
+        return make_schema(
+            node_id="SafeCFG_Apply",
+            display_name="SafeCFG Apply",
+            description="Makes a model's guidance safe: what the HGR recognises as harmful is turned into the safe version of the "
+            "same prompt. Pictures that are not flagged stay identical to the last bit. Put it last before the sampler.",
+            search_aliases=["safety", "nsfw filter", "safe guidance", "safe latent diffusion"],
+            inputs=[*_model_inputs(), *_strength_inputs(), *_time_inputs(), *_how_inputs(), _audit_input(), _clip_input()],
+            outputs=[io.Model.Output(tooltip="The model with SafeCFG, for any sampler or guider.")],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # two equal nodes have a meter each
+        )
+
+    @classmethod
+    def execute(
+        cls, model, hgr, strength, threshold_offset, start_percent, end_percent, redirect, categories, strict, remember_flagged,
+        audit_log=audit.OFF, clip=None,
+    ):  # fmt: skip
+        if not start_percent < end_percent:
+            raise ValueError(f"Expected start_percent below end_percent, but got {start_percent} and {end_percent}.")
+        strengths = hgr_models.parse_categories(categories, hgr.info.categories, strength)
+        chosen = hgr_models.CategorySettings(strengths, threshold_offset)
+        settings = ApplySettings(
+            hgr.info, chosen, redirect, start_percent, end_percent, strict, remember_flagged,
+            audit_log, hgr.hash, getattr(cls.hidden, "unique_id", None),
+            _encode_concepts(clip, hgr, strengths) if redirect == "concept" else (),
+        )  # fmt: skip
+        safe = apply(model, hgr, settings)
+        if (difference := other_base(model, hgr.info)) is not None:
+            logger.warning("SafeCFG: %s (%s)", difference, hgr.path)
+        return io.NodeOutput(safe)
+
+
+def _model_inputs() -> list:
+    return [
+        make_input(io.Model, "model", tooltip="The model to make safe. LoRAs and other patches come before this node."),
+        make_input(HGR_TYPE, "hgr", tooltip="From SafeCFG Load HGR; it must have been trained for this model's family."),
+    ]
+
+
+def _strength_inputs() -> list:
+    return [
+        make_input(
+            io.Float,
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="0 to 1. How far flagged guidance is turned towards the safe version: 1 all the way, 0 switches SafeCFG off "
+            "(then the pictures are those of the model alone, bit for bit).",
+        ),
+        make_input(
+            io.Float,
+            "threshold_offset",
+            default=0.0,
+            min=-1.0,
+            max=1.0,
+            step=0.01,
+            tooltip="-1 to 1. Added to every calibrated threshold: below 0 flags more (and more clean pictures by mistake), "
+            "above 0 flags less.",
+        ),
+    ]
+
+
+def _time_inputs() -> list:
+    return [
+        make_input(
+            io.Float,
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="0 to 1, below end_percent. Where in the sampling schedule SafeCFG begins; the subject of a picture is decided "
+            "early, so a late start lets harm through.",
+        ),
+        make_input(
+            io.Float,
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="0 to 1, above start_percent. Where in the sampling schedule SafeCFG ends; after it the prompt acts as it was.",
+        ),
+    ]
+
+
+def _how_inputs() -> list:
+    return [
+        make_input(
+            io.Combo,
+            "redirect",
+            options=["both", "condition", "guidance", "concept"],
+            default="both",
+            tooltip="condition: rewrites a harmful prompt's tokens once per run, at any cfg, at no cost. guidance: looks at the guidance "
+            "in every step, for what the prompt hides. both: the safest. concept: both judge; a flagged picture is steered away from "
+            "its category's concept prompt, which costs a model row per flagged category and step, and needs `clip`.",
+        ),
+        make_input(
+            io.String,
+            "categories",
+            default="",
+            multiline=True,
+            placeholder="sexual = 1, hate = 0.5, violence = off",
+            tooltip="Strength per category, 0 to 1 or on / off: `sexual = 1, hate = 0.5, violence = off`. Categories that are not "
+            "named stay on. Empty: all on. Names are those of the HGR; a wrong one gives an error that lists them.",
+        ),
+        make_input(
+            io.Boolean,
+            "strict",
+            default=False,
+            tooltip="What SafeCFG cannot redirect (a guider without negative, an unknown kind of prompt, values that are not finite) "
+            "stops the run with an error. Off: a warning in the log.",
+        ),
+        make_input(
+            io.Boolean,
+            "remember_flagged",
+            default=True,
+            advanced=True,
+            tooltip="Once the guidance redirector has flagged a category of a picture, it stays flagged to the end of the run. Off: every step "
+            "is judged alone; a picture near the threshold is then redirected in some steps only.",
+        ),
+    ]
+
+
+def _audit_input():
+    return make_input(
+        io.Combo,
+        "audit_log",
+        options=list(audit.LEVELS),
+        default=audit.OFF,
+        optional=True,
+        advanced=True,
+        tooltip="Appends a line per image to output/safecfg_audit.jsonl: time, seed, HGR, scores per category, redirected or not. "
+        "scores and prompt: the text of the positive prompts too. Whoever can see the output folder can read it.",
+    )
+
+
+def _clip_input():
+    return make_input(
+        io.Clip,
+        "clip",
+        optional=True,
+        tooltip="Optional, for redirect = concept only: the model's own CLIP, which encodes the concept prompts stored in the HGR.",
+    )

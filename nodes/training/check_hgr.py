@@ -1,0 +1,134 @@
+"""`SafeCFG Check HGR`: what an HGR does on this very model, and thresholds that fit it."""
+
+import copy
+import json
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ... import hgr_models
+from ...hgr_models.calibration import calibrated
+from ..families import check_family
+from ..loader import FOLDER, load_hgr_model
+from ..schema import HGR_TYPE, PROMPTS_TYPE, make_input, make_schema
+from . import checking
+from .bare import without_safecfg
+from .encoding import encode_batch
+from .frozen import FrozenModel
+from .recorder import CALIBRATION, FOLLOW, HARMFUL, clean_pairs, plan_jobs, record_job
+from .reserve import with_reserved
+from .widgets import latent_input, number, run_inputs, run_settings
+
+
+def look(model, clip, hgr, prompts, settings, counts: tuple[int, int]) -> checking.Found:
+    """Runs and looks at harmful and clean prompts that were held out, as many runs as `counts` says."""
+    network, device = hgr.patcher.model, model.load_device
+    pairs = prompts.held_out_pairs or prompts.pairs
+    jobs = plan_jobs(settings, HARMFUL, pairs, counts[0], FOLLOW[:1], looks=0)
+    jobs += plan_jobs(settings, CALIBRATION, clean_pairs(prompts.held_out_clean), counts[1], FOLLOW[:1], looks=0)
+    found, bar = checking.Found(prompts.categories), comfy.utils.ProgressBar(len(jobs))
+    frozen = FrozenModel(model, encode_batch(clip, [""])[0][1])
+    for job in jobs:
+        points, rows = record_job(model, clip, prompts, job, settings, None, None)
+        comfy.model_management.load_models_gpu([hgr.patcher, model])
+        if job.kind == HARMFUL:
+            with frozen.loaded((len(rows), *points.x.shape[1:]), False):
+                checking.look_at_harmful(found, network, frozen, points, rows, device)
+        else:
+            checking.look_at_clean(found, network, points, rows, device)
+        bar.update(1)
+    return found
+
+
+def recalibrated(hgr, found: checking.Found, rate: float) -> hgr_models.HGR:
+    """A copy of the networks on the CPU with thresholds that fit the clean runs that were found."""
+    network = copy.deepcopy(hgr.patcher.model).cpu()
+    p = torch.stack(found.clean_readings) if found.clean_readings else None
+    b = torch.stack(found.clean_maxima) if found.clean_maxima else None
+    network.calibrate(calibrated(network, p, b, rate))
+    return network
+
+
+def save_path(name: str) -> Path:
+    """Where recalibrated thresholds are saved. Raises HGRError for a name that exists or is no plain file name."""
+    if name != Path(name).name or name.startswith("."):
+        raise hgr_models.HGRError(f"Expected a plain name such as my_merge_hgr, but got {name!r}.")
+    path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
+    if path.exists():
+        raise hgr_models.HGRError(f"{path} exists. Choose another name, or delete it.")
+    return path
+
+
+class CheckHGR(io.ComfyNode):
+    """Measures removal and false alarms; see `training.checking`."""
+
+    @classmethod
+    def define_schema(cls):
+        return make_schema(
+            node_id="SafeCFG_CheckHGR",
+            display_name="SafeCFG Check HGR",
+            description="Measures what an HGR does on a model: how much of the harm in held-out prompts it recognises and removes, how early, "
+            "and how many clean pictures it would touch by mistake. Made for merges, LoRAs and other bases of the HGR's family; it can save "
+            "thresholds that fit them. Nothing is decoded.",
+            search_aliases=["evaluate hgr", "recalibrate", "false positives"],
+            is_output_node=True,
+            inputs=[*_sources(), *_widgets(), *run_inputs(), latent_input()],
+            outputs=[
+                HGR_TYPE.Output(display_name="hgr", tooltip="The HGR; with the new thresholds when they were saved."),
+                io.String.Output(display_name="report", tooltip="What was found, in words."),
+                io.String.Output(display_name="json", tooltip="The same as JSON: shares from 0 to 1."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, hgr, prompts, harmful_runs, clean_runs, false_positive_rate, save_as, **widgets):
+        if tuple(prompts.categories) != hgr.info.categories:
+            raise hgr_models.HGRError(
+                f"Expected prompts of the HGR's categories ({', '.join(hgr.info.categories)}), but SafeCFG Prompt Pairs gives "
+                f"{', '.join(prompts.categories)}. Choose the same set and categories there."
+            )
+        check_family(model, hgr.info)
+        path = save_path(save_as) if save_as else None
+        settings = run_settings(widgets)
+        found = look(without_safecfg(model), clip, hgr, with_reserved(prompts), settings, (harmful_runs, clean_runs))
+        numbers = checking.report(found, hgr.info)
+        text = checking.in_words(numbers)
+        if path is not None:
+            network = recalibrated(hgr, found, false_positive_rate)
+            numbers["recalibrated"] = checking.report(found, network.info)
+            hgr_models.save_hgr(path, network)
+            hgr = load_hgr_model(str(path))
+            text += f"\nwith the new thresholds of {path}:\n{checking.in_words(numbers['recalibrated'])}"
+        return io.NodeOutput(hgr, text, json.dumps(numbers), ui=ui.PreviewText(text))
+
+
+def _sources() -> list:
+    return [
+        make_input(
+            io.Model, "model", tooltip="The model to check the HGR on. It is not changed; SafeCFG Apply in it is left out."
+        ),
+        make_input(io.Clip, "clip", tooltip="The CLIP that belongs to the model."),
+        make_input(HGR_TYPE, "hgr", tooltip="From SafeCFG Load HGR or SafeCFG Train HGR."),
+        make_input(
+            PROMPTS_TYPE, "prompts", tooltip="From SafeCFG Prompt Pairs; of the same categories. Its held-out prompts are used."
+        ),
+    ]
+
+
+def _widgets() -> list:
+    return [
+        number(io.Int, "harmful_runs", 40, 1, 100_000, "Runs of held-out harmful prompts."),
+        number(io.Int, "clean_runs", 100, 1, 100_000, "Runs of clean prompts, of 20 steps. More of them tell rarer false alarms."),
+        number(
+            io.Float, "false_positive_rate", 0.01, 0.0001, 0.5,
+            "The share of clean pictures that the new thresholds may redirect; used when they are saved.", step=0.001,
+        ),
+        make_input(
+            io.String, "save_as", default="",
+            tooltip="A new name in models/hgr: saves the same networks with thresholds calibrated on this model. Empty: only measure.",
+        ),
+    ]  # fmt: skip
