@@ -6,6 +6,7 @@ holds tokens alone. Files are mapped, not loaded: a recording may be larger than
 
 import json
 import os
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from .shard_check import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, KINDS, 
 FORMAT_VERSION = 1
 KEY = "safecfg_shard"  # of the metadata entry
 MAX_HALF = 6e4
+HELD_OUT = 16  # one shard of harmful runs in so many is not trained on
 
 
 @dataclass
@@ -182,6 +184,20 @@ class Recording:
                     f"{shard.path} was recorded with other settings than {shards[0].path}. Record into a folder of their own."
                 )
         return cls(shards)
+
+    def divided(self) -> tuple["Recording", "Recording | None"]:
+        """The shards to train on, and those of harmful runs that are held out to see what was learned; None when there is none.
+
+        The names decide: about one harmful shard in HELD_OUT, and the same ones when more are recorded later.
+        """
+        held_out = []
+        for bucket in self._buckets[HARMFUL].values():
+            chosen = [s for s in bucket if zlib.crc32(s.path.name.encode()) % HELD_OUT == 0]
+            held_out += chosen if len(chosen) < len(bucket) else []  # every size must be trained on
+        if not held_out:
+            return self, None
+        names = {s.path for s in held_out}
+        return Recording([s for s in self.shards if s.path not in names]), Recording(held_out)
 
     def count(self, kind: str) -> int:
         """Rows of a kind."""

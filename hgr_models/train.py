@@ -69,10 +69,21 @@ class Command:
         self.args = args
         self.rank, self.world, self.device = start_processes()
         self.recording = Recording.open(*args.shards)
+        self.training_part, self.held_out = self.recording.divided()
         self.facts = self.recording.shards[0].about
         self.folder = args.out.parent / f"{args.out.name}.training"
         self.trainings: dict[str, Training] = {}
         self.losses: dict[str, list[float]] = {}
+        self.about = training_state.read_about(self.folder)
+        if self.about is not None and self.about["settings"] != self._settings():
+            raise HGRError(
+                f"{self.folder} holds a training with other settings or shards. Choose another --out, or delete it to begin again."
+            )
+
+    def _settings(self) -> dict:
+        """What must not change between a stop and its resumption."""
+        args = {k: v for k, v in vars(self.args).items() if k not in ("out", "shards")}
+        return {**args, "shards": sorted(shard.path.name for shard in self.recording.shards), "facts": self.facts}
 
     def run(self) -> HGR:
         """Trains and calibrates; the first process writes the file."""
@@ -84,9 +95,13 @@ class Command:
             training = ConditionTraining(hgr, self.args.condition_steps, self.args.seed, self.args.batch)
             training.measure(self.recording)
             predict = load_model(self.args.model, self.device)
-            self._train("condition", training, lambda: training.train_step(self.recording, predict).loss)
+            self._train("condition", training, lambda: training.train_step(self.training_part, predict).loss)
         training_b = GuidanceTraining(hgr, self.args.guidance_steps, self.args.seed + 1)
-        self._train("guidance", training_b, lambda: training_b.train_step(self.recording).loss)
+        self._train("guidance", training_b, lambda: training_b.train_step(self.training_part).loss)
+        if self.rank == 0 and self.held_out is not None:
+            print(
+                f"guidance: distance to the safe direction {training_b.error_on(self.held_out, 512):.3f} on runs that were not trained on"
+            )
         if self.rank == 0:
             self._finish(hgr)
         if self.world > 1:
@@ -94,10 +109,9 @@ class Command:
         return hgr
 
     def _train(self, name: str, training: Training, step: Callable[[], float]) -> None:
-        about = training_state.read_about(self.folder)
-        if about is not None:
-            training_state.load_state(self.folder, name, training, about)
-        self.losses[name] = [] if about is None else about["losses"].get(name, [])
+        if self.about is not None:
+            training_state.load_state(self.folder, name, training, self.about)
+        self.losses[name] = [] if self.about is None else self.about["losses"].get(name, [])
         self.trainings[name] = training
         if self.world > 1:
             training.distribute(self.rank)
@@ -115,7 +129,7 @@ class Command:
     def _save(self) -> None:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            training_state.save_state(self.folder, self.trainings, {"losses": self.losses})
+            training_state.save_state(self.folder, self.trainings, {"losses": self.losses, "settings": self._settings()})
 
     def _finish(self, hgr: HGR) -> None:
         hgr.eval().requires_grad_(False)

@@ -62,6 +62,12 @@ class ConditionTraining(Training):
         harms = torch.cat([t.harms for t in texts])
         return StepReport(loss.item(), error.mean().item(), before, accuracies(logits, harms))
 
+    @torch.no_grad()
+    def error_on(self, held_out: Recording, predict: losses.PredictWith) -> float:
+        """Mean distance to the partner's direction, as `StepReport.error`, on runs that are not trained on."""
+        points, prompts = on_device(held_out.draw(HARMFUL, self.batch, torch.Generator().manual_seed(self.step)), self.device)
+        return losses.condition_error(self.network, predict, points, prompts).mean().item()
+
     def _texts(self, recording: Recording) -> list[Texts]:
         """Clean and harmful prompts to read: as they are, disguised, and joined as core's Concat and Average do."""
         clean, harmful = (on_device(recording.draw_texts(h, READ_BATCH, self.generator), self.device) for h in (False, True))

@@ -44,11 +44,22 @@ class GuidanceTraining(Training):
         has_direction = (self.random(len(batch)) > 0.2).float()  # a picture alone teaches only `q`
         with torch.autocast(self.device.type, torch.bfloat16):
             error, b, q, logits = self.objective(batch, harms, weights, batch.partner_denoised, has_direction)
-        loss = losses.capped(error, 20.0) + 0.5 * b + 0.3 * q
+        before = losses.unredirected_guidance_error(batch)
+        # At low noise a direction is small beside what separates it from its partner's, and the picture is drawn already:
+        # without the division these points would rule the loss.
+        loss = losses.capped(error / before.clamp(min=1), 20.0) + 0.5 * b + 0.3 * q
         self.advance(loss)
-        before = losses.unredirected_guidance_error(batch[:HARMFUL_BATCH]).mean().item()
+        before = before[:HARMFUL_BATCH].mean().item()
         real = has_direction > 0
         return StepReport(loss.item(), error[:HARMFUL_BATCH].mean().item(), before, accuracies(logits[real], harms[real]))
+
+    @torch.no_grad()
+    def error_on(self, held_out: Recording, count: int = 64) -> float:
+        """Mean distance to the partner's direction, as `StepReport.error`, on runs that are not trained on."""
+        points, about = on_device(held_out.draw(HARMFUL, count, torch.Generator().manual_seed(self.step)), self.device)
+        real = torch.ones(count, device=self.device)
+        error, *_ = losses.guidance_losses(self.network, points, about.harms, about.removed, points.partner_denoised, real)
+        return error.mean().item()
 
     def _batch(self, rows: Points, about: Prompts, quiet: Points) -> tuple[Points, Tensor, Tensor]:
         """Harmful directions, their partners' (which lack the removed harms) and clean ones, with harms and weights."""

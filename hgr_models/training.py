@@ -136,6 +136,7 @@ class StepReport:
     error: float  # distance to the partner's direction after redirection; 1 is about that of no redirection
     before: float  # the same without redirection
     accuracy: list[float]
+    held_out: float | None = None  # `error` on runs that are not trained on, now and then, where there are any
 
 
 def accuracies(logits: Tensor, harms: Tensor) -> list[float]:

@@ -128,7 +128,7 @@ def test_items_know_their_harm():
     assert item.harmful == {"knife"} and item.rest == {"apple"}
 
 
-@pytest.mark.parametrize("line", [["hgr", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["cooking"]])
+@pytest.mark.parametrize("line", [["guidance", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["cooking"]])
 def test_train_refuses_what_it_cannot_do(line, capsys):
     with pytest.raises(SystemExit):
         train.arguments(line)

@@ -92,3 +92,9 @@ def test_shards_without_calibration_runs_are_refused(shards, tmp_path):
     with pytest.raises(HGRError, match="no calibration runs"):
         run(shards, tmp_path / "a.safetensors", "--guidance-steps", "1")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_another_training_is_not_taken_up(shards, tmp_path):
+    run(shards, tmp_path / "a.safetensors")
+    with pytest.raises(HGRError, match="other settings or shards. Choose another --out"):
+        run(shards, tmp_path / "a.safetensors", "--seed", "1")

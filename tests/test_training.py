@@ -51,6 +51,20 @@ def write_toy(folder, size=4, about=None):
     return points, prompts
 
 
+def test_some_harmful_runs_are_held_out(tmp_path):
+    """Always the same ones, also when more are recorded; and never all of a size."""
+    points, prompts = write_toy(tmp_path)
+    assert Recording.open(tmp_path).divided()[1] is None  # one shard of its size
+    for i in range(40):
+        write_runs(tmp_path / f"more_{i}.safetensors", HARMFUL, points, prompts, {"seed": 0})
+    train, held_out = Recording.open(tmp_path).divided()
+    names = {s.path.name for s in held_out.shards}
+    assert 0 < len(names) < 8 and not names & {s.path.name for s in train.shards}
+    assert len(train.shards) + len(names) == len(Recording.open(tmp_path).shards)
+    write_runs(tmp_path / "again.safetensors", HARMFUL, points, prompts, {"seed": 0})
+    assert names <= {s.path.name for s in Recording.open(tmp_path).divided()[1].shards}
+
+
 def trained(folder, kind, steps, total, state=None):
     """A training after `steps` of `total`, from its start or from a state."""
     torch.manual_seed(1)
@@ -112,6 +126,8 @@ def test_training_learns_and_resumes_to_the_last_bit(tmp_path, kind):
         assert all(torch.equal(a[k], b[k]) for k in a)
     first, last = reports[0], reports[-1]
     assert last.error < 0.7 * first.error and last.accuracy[0] > 0.9 and first.before > 0.3
+    model = (predict_with,) if kind is ConditionTraining else ()
+    assert through.error_on(Recording.open(tmp_path), *model) < 0.7 * first.error
 
 
 def eval_path(training, path):

@@ -1,0 +1,82 @@
+"""Trains the demo's guidance redirector from recorded runs of the frozen denoiser, beside the stored condition redirector.
+
+The recording is large, because this network reads pictures: with a quarter of it, its error on runs it had not seen was
+twice that on its own. The prompts name pictograms only: for other words of harm the denoiser draws anything, also nothing
+harmful, and a direction that is labelled harmful and shows no harm teaches false alarms.
+"""
+
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hgr_models import CategorySettings, load_hgr, redirect_guidance, save_hgr
+from hgr_models.recording import Policy, Prompts
+from hgr_models.shards import CLEAN, HARMFUL, Recording
+from hgr_models.train_guidance import GuidanceTraining
+from hgr_models.training import disguise
+
+from .. import prompts as p
+from .. import world
+from ..pipeline import DemoModel
+from ..sampling import scale_input
+from .hgr_common import OUT, advance, calibrate, make_hgr
+from .hgr_data import prompt_tensors, record
+
+HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 2000, 1280, 640  # the last in every round
+ROUNDS = (0.4, 0.7)  # of the steps: where runs that follow the redirector so far are added
+DISGUISED = 0.3  # of the harmful prompts
+
+
+def train(steps: int, device: str, seed: int) -> None:
+    """Writes the shipped HGR: the stored condition redirector and this network, with thresholds for both."""
+    model = DemoModel.load(device)
+    with tempfile.TemporaryDirectory() as name:
+        hgr = train_in(Path(name), model, steps, seed)
+    hgr.info = calibrate(model, hgr, seed)
+    hgr.info.training.update(guidance_steps=steps, guidance_seed=seed)
+    save_hgr(OUT, hgr.cpu())
+
+
+def train_in(folder: Path, model: DemoModel, steps: int, seed: int):
+    """Records into `folder` and trains; the HGR with both networks, not calibrated."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # the network's first weights
+    stored = load_hgr(OUT)
+    hgr = make_hgr(model, condition=True, guidance=True).to(model.device)
+    hgr.condition.load_state_dict(stored.condition.state_dict())
+    hgr.info.training.update({k: v for k, v in stored.info.training.items() if k != "calibration"})
+
+    def harmful(count: int) -> Prompts:
+        prompts = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(count)], rng)
+        prompts.tokens = disguise(prompts.tokens, hgr.condition.token_scale, DISGUISED, generator)
+        return prompts
+
+    clean = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CLEAN_RUNS)], rng)
+    alternately = lambda i: ("prompt", "partner")[i % 2]  # noqa: E731
+    record(model, harmful(HARMFUL_RUNS), HARMFUL, alternately, None, generator, folder, "harmful runs")
+    record(model, clean, CLEAN, lambda i: "prompt", None, generator, folder, "clean runs")
+    training = GuidanceTraining(hgr, steps, seed)
+    for i, part in enumerate((*ROUNDS, 1.0)):
+        recording = Recording.open(folder)
+        advance("guidance redirector", training, round(part * steps), lambda: training.train_step(recording))  # noqa: B023
+        if part < 1.0:
+            record(
+                model,
+                harmful(ON_POLICY_RUNS),
+                HARMFUL,
+                lambda i: "policy",
+                policy_of(hgr),
+                generator,
+                folder,
+                f"on-policy runs {i}",
+            )
+    training.finish()
+    return hgr
+
+
+def policy_of(hgr) -> Policy:
+    """What the redirector so far would make of each step."""
+    settings = CategorySettings((1.0,) * len(world.CATEGORIES))
+    return lambda x, sigma, u, c: redirect_guidance(hgr, c, u, scale_input(x, sigma), sigma, settings).cond_denoised
