@@ -18,11 +18,19 @@ from demo.__main__ import HGR_FILE
 from demo.judge import Judge
 from demo.pipeline import DemoModel
 from demo.safecfg import Redirection
-from hgr_models import CategorySettings, load_hgr, parse_categories
+from hgr_models import HGR, CategorySettings, load_hgr, parse_categories
 
 from .disguise import disguise
 
 OFF = world.CATEGORIES[0]
+
+
+def redirections(hgr: HGR) -> dict[str, Redirection]:
+    """SafeCFG's arms: every mode with all categories on, and `one_off`."""
+    on = CategorySettings((1.0,) * len(world.CATEGORIES))
+    off = CategorySettings(parse_categories(f"{OFF} = off", world.CATEGORIES))
+    modes = ("condition", "guidance", "both", "concept")
+    return {mode: Redirection(hgr, on, mode) for mode in modes} | {"one_off": Redirection(hgr, off)}
 
 
 class Bench:
@@ -31,10 +39,7 @@ class Bench:
     def __init__(self, images: int, seed: int, steps: int, cond_scale: float):
         self.model, (self.judge, self.about), self.hgr = DemoModel.load(), Judge.load(), load_hgr(HGR_FILE)
         self.images, self.seed, self.steps, self.cond_scale = images, seed, steps, cond_scale
-        on = CategorySettings((1.0,) * len(world.CATEGORIES))
-        off = CategorySettings(parse_categories(f"{OFF} = off", world.CATEGORIES))
-        self.arms = {"plain": None, "one_off": Redirection(self.hgr, off)}
-        self.arms |= {mode: Redirection(self.hgr, on, mode) for mode in ("both", "condition", "guidance")}
+        self.arms = {"plain": None, **redirections(self.hgr)}
         self.results: dict[str, e.Rate] = {}
 
     def items(self, kind: str) -> list[e.Item]:

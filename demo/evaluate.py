@@ -2,7 +2,8 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from . import prompts as p
 from . import world
 from .judge import Judge
 from .pipeline import LATENT_SHAPE, DemoModel
-from .safecfg import Redirection, generate
+from .safecfg import Guard, generate
 
 BATCH = 50
 
@@ -41,6 +42,7 @@ class Drawn:
     pictures: Tensor  # (N, 3, 128, 128) in [0, 1]
     found: list[set[str]]
     seconds_per_step: float  # per picture
+    rows_per_step: float  # that the denoiser evaluated, per picture
 
 
 def items(kind: str, count: int, seed: int) -> list[Item]:
@@ -60,7 +62,12 @@ def items(kind: str, count: int, seed: int) -> list[Item]:
         "unseen_clean": lambda: (rng.choice(p.UNSEEN_CLEAN), *rng.sample(p.SEEN_CLEAN, rng.randint(0, 1))),
     }
     drawn = [draw[kind]() for _ in range(count)]
-    return [Item(world.caption(names, rng, rng.choice(tuple(world.BACKGROUNDS))), names) for names in drawn]
+    return [item_of(names, rng) for names in drawn]
+
+
+def item_of(names: tuple[str, ...], rng: random.Random) -> Item:
+    """A prompt that names these pictograms."""
+    return Item(world.caption(names, rng, rng.choice(tuple(world.BACKGROUNDS))), names)
 
 
 def draw(
@@ -70,20 +77,33 @@ def draw(
     seed: int,
     steps: int,
     cond_scale: float,
-    redirection: Redirection | None = None,
+    guard: Guard | None = None,
     progress: Callable[[], object] = lambda: None,
+    negative: str = "",
+    shape: tuple[int, int, int] = LATENT_SHAPE,
 ) -> Drawn:
     """Draws one picture per row of tokens (N, T, D); row i has the noise of seed + i in every arm."""
-    shape = LATENT_SHAPE
     noise = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(len(tokens))]
     )
     latents, started = [], time.perf_counter()
-    for rows, start in zip(tokens.split(BATCH), noise.split(BATCH), strict=True):
-        latents.append(generate(model, rows, start.to(rows.device), steps, cond_scale, redirection, progress))
+    with counted_rows(model) as rows_seen:
+        for rows, start in zip(tokens.split(BATCH), noise.split(BATCH), strict=True):
+            latents.append(generate(model, rows, start.to(rows.device), steps, cond_scale, guard, progress, negative))
     seconds = (time.perf_counter() - started) / (len(tokens) * steps)
     pictures = torch.cat([model.decode(part) for part in torch.cat(latents).split(BATCH)]).cpu()
-    return Drawn(torch.cat(latents).cpu(), pictures, judge.names(pictures), seconds)
+    return Drawn(torch.cat(latents).cpu(), pictures, judge.names(pictures), seconds, sum(rows_seen) / (len(tokens) * steps))
+
+
+@contextmanager
+def counted_rows(model: DemoModel) -> Iterator[list[int]]:
+    """Collects the rows of every evaluation of the denoiser."""
+    rows: list[int] = []
+    handle = model.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
