@@ -1,4 +1,4 @@
-"""A real ComfyUI server per host, with the pack linked into `custom_nodes`; one process serves every test of a host."""
+"""A real ComfyUI server per host, with the pack as its archive installs it; one process serves every test of a host."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-PACK = Path(__file__).parents[2]
+from packed import unpack_release
+
 START_SECONDS, PROMPT_SECONDS = 300, 900  # slow CI machines, one of two cores
 
 
@@ -29,8 +30,8 @@ class Server:
 
     def __init__(self, host, base: Path):
         self.host, self.base, self.log_file = host, base, base / "server.log"
-        (base / "custom_nodes").mkdir()
-        (base / "custom_nodes" / "safecfg").symlink_to(PACK, target_is_directory=True)
+        unpack_release(base / "custom_nodes" / "safecfg")
+        (base / "extra_model_paths.yaml").write_text(f"shared:\n    base_path: {base}\n    hgr: shared/hgr\n", encoding="utf-8")
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True)
         settings.write_text('{"Comfy.TutorialCompleted": true}', encoding="utf-8")
@@ -42,6 +43,7 @@ class Server:
     def _start(self) -> subprocess.Popen:
         command = [str(self.host.python), "main.py", "--cpu", "--port", self.url.rpartition(":")[2]]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--extra-model-paths-config", str(self.base / "extra_model_paths.yaml")]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         with self.log_file.open("wb") as log:
             return subprocess.Popen(

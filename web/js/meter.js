@@ -1,7 +1,7 @@
 // The live meter on SafeCFG Apply: per category a bar with its threshold and the trace of the run.
 //
-// Messages come from nodes/meter.py while a patched model samples. A node has no meter until its first message, and nothing of
-// it is saved with the workflow.
+// Messages come from nodes/reporting/meter.py while a patched model samples. A node has no meter until its first message, and
+// nothing of it is saved with the workflow. Its words are in locales/<language>/main.json.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -29,6 +29,20 @@ const STYLE = `
 `;
 
 const meters = new WeakMap(); // by node: a node that is deleted takes its meter with it
+const texts = {}; // by language: the meter's part of locales/*/main.json
+
+/** Asks the host for the texts; it reads them from the packs' locales. */
+async function loadTexts() {
+  const answer = await api.fetchApi("/i18n");
+  for (const [language, { safecfg }] of Object.entries(await answer.json())) texts[language] = safecfg?.meter;
+}
+
+/** A text in the front end's language, its {names} replaced by `values`; in English where we have none in that language. */
+function text(key, values = {}) {
+  const language = app.extensionManager.setting.get("Comfy.Locale");
+  const template = texts[language]?.[key] ?? texts.en?.[key] ?? key;
+  return template.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+}
 
 function create(tag, name, parent) {
   const element = document.createElement(tag);
@@ -130,12 +144,14 @@ function status(message, readings, steps) {
   const names = (flags) => message.categories.filter((_, k) => flags?.[k]).join(", ");
   const prompt = names(message.prompt_redirected);
   const guidance = names(message.categories.map((_, k) => readings.some((r) => r.redirected[k])));
+  const { images, redirected_images: redirected } = message;
+  const step = readings.at(-1)?.step ?? 0;
   const parts = [];
-  if (!message.done) parts.push(`step ${readings.at(-1)?.step ?? 0} of ${steps}`);
-  if (prompt) parts.push(`prompt redirected: ${prompt}`);
-  if (guidance) parts.push(`guidance redirected: ${guidance}`);
-  if (message.done && message.redirected_images) parts.push(`${message.redirected_images} of ${message.images} images`);
-  if (message.done && !message.redirected_images) parts.push("nothing was redirected");
+  if (!message.done) parts.push(text("step", { step, steps }));
+  if (prompt) parts.push(text("prompt", { categories: prompt }));
+  if (guidance) parts.push(text("guidance", { categories: guidance }));
+  if (message.done && redirected) parts.push(text("images", { redirected, images }));
+  if (message.done && !redirected) parts.push(text("nothing"));
   return parts.join(" · ");
 }
 
@@ -160,8 +176,9 @@ function onMessage({ detail }) {
 
 app.registerExtension({
   name: "SafeCFG.Meter",
-  setup() {
+  async setup() {
     document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
     api.addEventListener(EVENT, onMessage);
+    await loadTexts();
   },
 });
