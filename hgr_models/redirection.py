@@ -148,6 +148,8 @@ def redirect_guidance(
     weights = category_weights(b, hgr.guidance_thresholds_at(sigma), settings)
     if flagged is not None:
         weights = torch.maximum(weights, flagged.to(weights.dtype)) * something
+    if weights.device.type == "cpu" and not weights.any():  # elsewhere, looking would wait for the device
+        return GuidanceResult(cond_denoised, b, weights)
     a, r = hgr.guidance.correct(reading, weights)
     change = _rows(n, r) * (r - _rows(a, r) * direction)
     active = _rows((weights > 0).any(dim=1), r)

@@ -64,6 +64,16 @@ def test_unflagged_rows_keep_every_bit(dtype):
     assert not torch.equal(redirect_condition(hgr, tokens, None, ALL).tokens, tokens)
 
 
+def test_a_batch_without_a_flag_is_not_corrected_on_a_cpu(monkeypatch):
+    hgr, (cond, uncond, x) = small_hgr(), torch.randn(3, 2, 4, 8, 8)
+    calls, correct = [], hgr.guidance.correct
+    monkeypatch.setattr(hgr.guidance, "correct", lambda reading, weights: calls.append(weights) or correct(reading, weights))
+    one = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    for flagged, wanted in ((None, 0), (torch.zeros(2, 2), 0), (one, 1)):
+        result = redirect_guidance(hgr, cond, uncond, x, torch.ones(2), NONE, flagged)
+        assert len(calls) == wanted and torch.equal(result.cond_denoised[0], cond[0])
+
+
 def test_rows_of_a_batch_do_not_influence_each_other():
     hgr = small_hgr()
     cond, uncond, x = torch.randn(3, 3, 4, 8, 8)
