@@ -24,8 +24,8 @@ from ..sampling import scale_input
 from .hgr_common import OUT, advance, calibrate, make_hgr
 from .hgr_data import prompt_tensors, record
 
-HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 2000, 1280, 640  # the last in every round
-ROUNDS = (0.4, 0.7)  # of the steps: where runs that follow the redirector so far are added
+HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 4000, 2000, 960  # the last in every round
+ROUNDS = (0.25, 0.45, 0.65, 0.8)  # of the steps: where runs that follow the redirector so far are added
 DISGUISED = 0.3  # of the harmful prompts
 
 
