@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .condition import ConditionConfig
 from .errors import HGRError
+from .files import write_whole
 from .guidance import GuidanceConfig
 from .hgr import HGR, HGRInfo
 
@@ -27,8 +27,7 @@ LARGEST_DEPTH, LARGEST_WIDTH = 256, 65536  # of a network that a file may descri
 
 
 def save_hgr(path: str | os.PathLike, hgr: HGR, dtype: torch.dtype = torch.float16) -> None:
-    """Writes an HGR; the file appears whole or not at all."""
-    path = Path(path)
+    """Writes an HGR; the file appears whole or not at all. Raises HGRError when it cannot be written."""
     about = {
         "format_version": FORMAT_VERSION,
         "info": asdict(hgr.info),
@@ -37,14 +36,8 @@ def save_hgr(path: str | os.PathLike, hgr: HGR, dtype: torch.dtype = torch.float
     }
     # Units per channel stay fp32: they may exceed fp16's range.
     keep = ("_center", "_scale")
-    tensors = {k: (v if k.endswith(keep) else v.to(dtype)).contiguous().cpu() for k, v in hgr.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, part, {KEY: json.dumps(about)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    tensors = {k: v if k.endswith(keep) else v.to(dtype) for k, v in hgr.state_dict().items()}
+    write_whole(path, tensors, {KEY: json.dumps(about)})
 
 
 def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
@@ -172,12 +165,16 @@ def _check_sizes(path: Path, info: HGRInfo, condition: ConditionConfig | None, g
 
 def _check_config(path: Path, config: ConditionConfig | GuidanceConfig) -> None:
     for name, size in asdict(config).items():
-        lowest = 0 if name == "pooled_width" else 1
+        lowest = 0 if name in ("pooled_width", "short_width") else 1
         largest = LARGEST_DEPTH if name.endswith("depth") else LARGEST_WIDTH
         if type(size) is not int or not lowest <= size <= largest:
             raise HGRError(
                 f"Expected {name} from {lowest} to {largest} in {path}, but got {size!r}. The file is damaged: download it again."
             )
+    if isinstance(config, ConditionConfig) and config.short_width >= config.token_width:
+        raise HGRError(
+            f"Expected short_width below {config.token_width} in {path}, but got {config.short_width}. Train it again."
+        )
     groups = math.lcm(config.heads, 8 if isinstance(config, GuidanceConfig) else 1)  # its GroupNorms have 8
     if config.width % groups:
         raise HGRError(

@@ -26,6 +26,7 @@ class ConditionConfig:
     depth: int = 2  # layers that read the prompt
     delta_depth: int = 2  # layers that write the delta, conditioned on the category weights
     heads: int = 4
+    short_width: int = 0  # channels that the tokens of a narrower encoder fill (`narrower_width`); 0: there is none
 
 
 class Layer(nn.Module):
@@ -52,19 +53,39 @@ def robust_units(values: Tensor) -> tuple[Tensor, Tensor]:
     return center, spread.clamp(min=max(1e-4, 0.05 * spread.median().item()))
 
 
+def narrower_width(tokens: Tensor) -> int:
+    """Channels that the tokens of a narrower encoder fill, among tokens (N, T, D); 0 when all come from one encoder.
+
+    Core joins encoders along T where it pads the narrower one's channels with zeros: SD3 has CLIP (2048) beside T5 (4096).
+    """
+    filled = tokens.reshape(-1, tokens.shape[-1]) != 0
+    filled = filled[filled.any(dim=1)]  # tokens that are all 0 say nothing
+    ends = filled.shape[1] - filled.flip(1).float().argmax(dim=1)
+    short = ends[ends <= 0.9 * filled.shape[1]]  # a single value may be 0 by chance
+    return int(short.max()) if 0 < len(short) < len(ends) else 0
+
+
+def in_units(values: Tensor, scale: Tensor) -> Tensor:
+    """Values per unit; 0 where a unit is 0, as beyond a narrower encoder's channels, where nothing differs from its center."""
+    return values / torch.where(scale > 0, scale, 1.0)
+
+
 class ConditionRedirector(nn.Module):
     """Reads a prompt's tokens of any count; tells its harmfulness per category and the delta that makes it safe.
 
     Without absolute positions: chunks, concatenations and averages of prompts are read alike. Inputs and deltas are in
-    robust units per channel (`measure`), because outlier channels would otherwise drown the rest.
+    robust units per channel and encoder (`measure`), because outlier channels would otherwise drown the rest.
     """
 
     def __init__(self, config: ConditionConfig, ops=nn):
         super().__init__()
         self.config = c = config
-        for name, size in (("token", c.token_width), ("pooled", c.pooled_width)):
+        sizes = {"token": c.token_width, "pooled": c.pooled_width, **({"short": c.token_width} if c.short_width else {})}
+        for name, size in sizes.items():
             self.register_buffer(f"{name}_center", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
+        if c.short_width:
+            self.short_scale[c.short_width :] = 0.0
         self.token_in = ops.Linear(c.token_width, c.width)
         self.pooled_in = ops.Linear(c.pooled_width, c.width) if c.pooled_width else None
         self.readers = nn.ModuleList(Layer(c.width, c.heads, ops) for _ in range(c.depth))
@@ -81,21 +102,40 @@ class ConditionRedirector(nn.Module):
 
     def measure(self, tokens: Tensor, pooled: Tensor | None = None) -> None:
         """Sets the units from a sample of tokens (N, T, D) and pooled (N, P)."""
-        for name, values in (("token", tokens.reshape(-1, tokens.shape[-1])), ("pooled", pooled)):
-            if values is not None:
-                center, scale = robust_units(values)
-                getattr(self, f"{name}_center").copy_(center)
-                getattr(self, f"{name}_scale").copy_(scale)
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        samples = {"token": tokens, "pooled": pooled}
+        if width := self.config.short_width:
+            short = self._short(tokens)
+            samples |= {"token": tokens[~short], "short": tokens[short, :width]}
+        for name, values in samples.items():
+            if values is not None and len(values):
+                for kind, unit in zip(("center", "scale"), robust_units(values), strict=True):
+                    buffer = getattr(self, f"{name}_{kind}")
+                    buffer.zero_()[: len(unit)].copy_(unit)
+
+    def _short(self, tokens: Tensor) -> Tensor:
+        """Which tokens (..., D) are a narrower encoder's: (...)."""
+        return (tokens[..., self.config.short_width :] == 0).all(dim=-1)
+
+    def units(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Center and scale of tokens (B, T, D): (D,), or (B, T, D) where there are two encoders; 0 beyond the narrower one's channels."""
+        # When ComfyUI, short of memory, loads only some of the layers, buffers stay where they were: hence `to(device)`.
+        center, scale = self.token_center.to(tokens.device), self.token_scale.to(tokens.device)
+        if not self.config.short_width:
+            return center, scale
+        short = self._short(tokens)[..., None]
+        short_center, short_scale = self.short_center.to(tokens.device), self.short_scale.to(tokens.device)
+        return torch.where(short, short_center, center), torch.where(short, short_scale, scale)
 
     def _read(self, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None):
         """Features (B, N, width) of the present tokens and the pooled vector (last, if any), units z, attention bias."""
-        z = ((tokens.float() - self.token_center) / self.token_scale).clamp(
-            -20, 20
-        )  # fp32: deltas are small against outlier channels
+        center, scale = self.units(tokens)
+        z = in_units(tokens.float() - center, scale).clamp(-20, 20)  # fp32: deltas are small against outlier channels
         h = self.token_in(z)
         present = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
         if self.pooled_in is not None and pooled is not None:
-            y = ((pooled.float() - self.pooled_center) / self.pooled_scale).clamp(-20, 20)
+            center, scale = self.pooled_center.to(pooled.device), self.pooled_scale.to(pooled.device)
+            y = ((pooled.float() - center) / scale).clamp(-20, 20)
             h = torch.cat([h, self.pooled_in(y)[:, None]], dim=1)
             present = F.pad(present, (0, 1), value=True)
         absent = None if mask is None else torch.where(present, 0.0, -1e9)[:, None, None].to(h.dtype)
@@ -133,7 +173,7 @@ class ConditionRedirector(nn.Module):
         h, count = self.write_norm(h), tokens.shape[1]
         # `erase` takes a token's own content out, which also works for words that training never saw.
         change = self.token_out(h[:, :count]) - self.erase(h[:, :count]) * z
-        delta = (change * self.token_scale * present[:, :count, None]).float()
+        delta = (change * self.units(tokens)[1] * present[:, :count, None]).float()
         if self.pooled_out is None or pooled is None:
             return delta, None
-        return delta, (self.pooled_out(h[:, -1]) * self.pooled_scale).float()
+        return delta, (self.pooled_out(h[:, -1]) * self.pooled_scale.to(h.device)).float()

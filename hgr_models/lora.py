@@ -11,15 +11,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import HGRError
+from .files import write_whole
 
 KEY = "safecfg_lora"  # of the metadata entry
 PREFIX = "diffusion_model."
@@ -161,14 +160,7 @@ def lora_from(tensors: Mapping[str, Tensor]) -> LoRA:
 
 def save_lora(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dict) -> None:
     """Writes a LoRA with `about` (JSON) in its metadata; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"format": "pt", KEY: json.dumps(about)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, tensors, {"format": "pt", KEY: json.dumps(about)})
 
 
 def load_lora(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

@@ -4,14 +4,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import HGRError
+from .files import write_whole
 
 FORMAT = {"safecfg_samples": "1"}  # metadata of a file
 MAX_HALF = 6e4
@@ -50,18 +49,11 @@ class Samples:
 
 def write_samples(path: str | os.PathLike, samples: Samples) -> None:
     """Writes samples; the file appears whole or not at all. Latents stay float32: guidance is a small difference of them."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     tensors = samples.tensors()
     for name in ("tokens", "pooled"):
         if name in tensors and float(tensors[name].abs().max()) < MAX_HALF:
             tensors[name] = tensors[name].half()
-    try:
-        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, FORMAT)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, tensors, FORMAT)
 
 
 def read_samples(path: str | os.PathLike) -> Samples:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from .condition import ConditionRedirector
+from .condition import ConditionRedirector, in_units
 from .guidance import GuidanceRedirector
 from .recording import Points, Prompts
 from .redirection import RMS_FLOOR, read_guidance
@@ -56,7 +56,7 @@ def quiet_loss(
 ) -> Tensor:
     """|D|^2 on clean prompts, in the network's units: a false alarm should change little."""
     d_tokens, d_pooled = network.delta(tokens, pooled, weights, mask)
-    quiet = (d_tokens / network.token_scale).square().mean()
+    quiet = in_units(d_tokens, network.units(tokens)[1]).square().mean()
     return quiet if d_pooled is None else quiet + (d_pooled / network.pooled_scale).square().mean()
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import is_file
 from .errors import HGRError
+from .files import write_whole
 from .recording import Points, Prompts
 from .shard_check import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, KINDS, TEXTS, finite, problem_of  # noqa: F401 (kinds, for those who write)
 
@@ -82,14 +82,7 @@ def _half(t: Tensor) -> Tensor:
 
 
 def _write(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    header = {KEY: json.dumps({"format_version": FORMAT_VERSION, "kind": kind, "about": about})}
-    try:
-        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, header)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, tensors, {KEY: json.dumps({"format_version": FORMAT_VERSION, "kind": kind, "about": about})})
 
 
 @dataclass

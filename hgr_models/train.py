@@ -4,12 +4,16 @@
 
 SHARDS are folders that SafeCFG Record Guidance wrote; several machines may have recorded the same prompts with different
 seeds. Gradients are averaged by torch's DistributedDataParallel. Stopped and started again with the same command, it goes
-on. `--model MODULE:FUNCTION` trains the condition redirector too: the function is called in every process, with its device,
-and gives the frozen denoiser (`losses.PredictWith`); `demo.training.hgr_data:frozen` is that of the demo model.
+on. With a model, it trains the condition redirector too; every process loads one:
+
+    --comfyui PATH --checkpoint NAME    a checkpoint of that ComfyUI, the one that was recorded; run this in its Python
+    --model MODULE:FUNCTION             the function is called with the device and gives the frozen denoiser
+                                        (`losses.PredictWith`); `demo.training.hgr_data:frozen` is that of the demo model
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import time
@@ -27,12 +31,14 @@ from .condition import ConditionConfig
 from .errors import HGRError
 from .guidance import GuidanceConfig
 from .hgr import HGR, uncalibrated_info
+from .losses import PredictWith
 from .shards import CALIBRATION, Recording
 from .train_condition import ConditionTraining
 from .train_guidance import GuidanceTraining
 from .training import Training
 
 SAVE_EVERY = 30.0  # seconds
+HOST_MODEL = Path(__file__).resolve().parents[1] / "nodes" / "training" / "host_model.py"  # all that knows ComfyUI
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
@@ -44,12 +50,17 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, required=True, metavar="FILE", help="the HGR; its state lies beside it while it learns"
     )
     parser.add_argument("--guidance-steps", type=int, default=4200, metavar="N")
-    parser.add_argument("--condition-steps", type=int, default=1400, metavar="N", help="with --model")
+    parser.add_argument("--condition-steps", type=int, default=1400, metavar="N", help="with a model")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="the frozen denoiser, for the condition redirector")
+    parser.add_argument("--comfyui", type=Path, metavar="PATH", help="the folder of a ComfyUI, with --checkpoint")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a checkpoint as its loader lists it, or a path")
     parser.add_argument("--false-positive-rate", type=float, default=0.01, metavar="P")
     parser.add_argument("--batch", type=int, default=24, metavar="N", help="samples per process and step through the model")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(line)
+    args = parser.parse_args(line)
+    if bool(args.comfyui) != bool(args.checkpoint) or (args.comfyui and args.model):
+        parser.error("expected --comfyui and --checkpoint together, or --model, or none of them")
+    return args
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -82,19 +93,22 @@ class Command:
 
     def _settings(self) -> dict:
         """What must not change between a stop and its resumption."""
-        args = {k: v for k, v in vars(self.args).items() if k not in ("out", "shards")}
+        args = {k: v for k, v in vars(self.args).items() if k not in ("out", "shards", "comfyui")}
         return {**args, "shards": sorted(shard.path.name for shard in self.recording.shards), "facts": self.facts}
 
     def run(self) -> HGR:
         """Trains and calibrates; the first process writes the file."""
         torch.manual_seed(self.args.seed)  # every process begins with the same weights
         info, k = uncalibrated_info(self.facts), len(self.facts["categories"])
-        condition = ConditionConfig(info.token_width, k, info.pooled_width) if self.args.model else None
+        width = self.facts.get("short_width", 0)
+        condition = ConditionConfig(info.token_width, k, info.pooled_width, short_width=width)
+        condition = condition if self.args.model or self.args.comfyui else None
         hgr = HGR(info, condition, GuidanceConfig(info.latent_channels, k, info.latent_dimensions)).to(self.device)
         if hgr.condition is not None:
             training = ConditionTraining(hgr, self.args.condition_steps, self.args.seed, self.args.batch)
             training.measure(self.recording)
-            predict = load_model(self.args.model, self.device)
+            predict = load_model(self.args, self.device, self.recording)
+            training.scale = getattr(predict, "loss_scale", 1.0)
             self._train("condition", training, lambda: training.train_step(self.training_part, predict).loss)
         training_b = GuidanceTraining(hgr, self.args.guidance_steps, self.args.seed + 1)
         self._train("guidance", training_b, lambda: training_b.train_step(self.training_part).loss)
@@ -144,10 +158,25 @@ class Command:
         (self.folder / "losses.json").write_text(json.dumps(self.losses) + "\n", encoding="utf-8")
 
 
-def load_model(name: str, device: torch.device):
-    """The frozen denoiser that MODULE:FUNCTION gives for a device."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)(device)
+def load_model(args: argparse.Namespace, device: torch.device, recording: Recording) -> PredictWith:
+    """The frozen denoiser for a device: of a checkpoint, or what MODULE:FUNCTION gives."""
+    if args.model:
+        module, _, function = args.model.partition(":")
+        return getattr(importlib.import_module(module), function)(device)
+    try:
+        return host_model().frozen(device, args.comfyui, args.checkpoint, recording, args.batch)
+    except ValueError as error:
+        raise HGRError(str(error)) from error
+
+
+def host_model():
+    """The one file outside this package that is needed for --comfyui, loaded by its path. Raises HGRError when it is not there."""
+    if not HOST_MODEL.is_file():
+        raise HGRError(f"--comfyui needs the whole pack, but there is no {HOST_MODEL}. Run this in its folder, or use --model.")
+    spec = importlib.util.spec_from_file_location("safecfg_host_model", HOST_MODEL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
+from .augmentation import averaged, chunked, weighted
 from .hgr import HGR
 from .recording import Points, Prompts
 from .shards import HARMFUL, Recording, Texts
 from .training import StepReport, Training, accuracies, disguise, on_device
 
 READ_BATCH = 64  # prompts of each kind per step, for the reading of prompts
+JOINED = 16  # of which so many are read again among others, and mixed
+READ_TOKENS = 64 * 4 * 77  # of a batch to read: fewer prompts where they are long
+UNIT_TOKENS = 1024  # of every batch that the units are measured on
+WEIGHTED = 0.25  # the share with weights
 
 
 class ConditionObjective(nn.Module):
@@ -43,9 +48,13 @@ class ConditionTraining(Training):
     def measure(self, recording: Recording) -> None:
         """Sets the network's units from a sample of the recorded prompts."""
         generator = torch.Generator().manual_seed(0)
-        texts = [recording.draw_texts(harmful, 64, generator) for harmful in (False, True) for _ in range(8)]
-        flat = torch.cat([t.tokens.flatten(0, 1) for t in texts])[None]
-        pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
+        tokens, pooled = [], []
+        for harmful in (False, True) * 8:
+            texts = recording.draw_texts(harmful, READ_BATCH, generator)
+            present = texts.tokens.flatten(0, 1) if texts.mask is None else texts.tokens[texts.mask.bool()]
+            tokens.append(present[torch.randint(len(present), (UNIT_TOKENS,), generator=generator)])
+            pooled += [] if texts.pooled is None else [texts.pooled]
+        flat, pooled = torch.cat(tokens)[None], torch.cat(pooled) if pooled else None
         for network in (self.network, self.mean.module):
             network.measure(flat.to(self.device), None if pooled is None else pooled.to(self.device))
 
@@ -53,8 +62,8 @@ class ConditionTraining(Training):
         """One step. `predict` runs the frozen denoiser and carries gradients to the tokens."""
         points, prompts = on_device(recording.draw(HARMFUL, self.batch, self.generator), self.device)
         texts = self._texts(recording)
-        clean = on_device(recording.draw_texts(False, 32, self.generator), self.device)
-        alarm = self.random(32, prompts.harms.shape[1]).round()  # a false alarm should change little
+        clean = _bounded(on_device(recording.draw_texts(False, 32, self.generator), self.device))
+        alarm = self.random(len(clean), prompts.harms.shape[1]).round()  # a false alarm should change little
         error, read, quiet, logits = self.objective(predict, points, prompts, texts, clean, alarm)
         loss = losses.capped(error, 5.0) + 0.3 * read + 0.1 * quiet
         self.advance(loss)
@@ -69,19 +78,14 @@ class ConditionTraining(Training):
         return losses.condition_error(self.network, predict, points, prompts).mean().item()
 
     def _texts(self, recording: Recording) -> list[Texts]:
-        """Clean and harmful prompts to read: as they are, disguised, and joined as core's Concat and Average do."""
+        """Clean and harmful prompts to read, as users write them: weighted, in chunks, joined and averaged; some disguised."""
         clean, harmful = (on_device(recording.draw_texts(h, READ_BATCH, self.generator), self.device) for h in (False, True))
-        parts = [clean, harmful, *self._joined(clean, harmful)]
-        scale = self.network.token_scale
-        return [replace(t, tokens=disguise(t.tokens, scale, 0.4, self.generator)) for t in parts]
+        clean, harmful = (replace(t, tokens=weighted(t, WEIGHTED, self.generator)) for t in map(_bounded, (clean, harmful)))
+        few = harmful[:JOINED]
+        parts = [clean, harmful, *chunked(clean, few, self.generator), *averaged(clean[:JOINED], few, self.generator)]
+        return [replace(t, tokens=disguise(t.tokens, self.network.units(t.tokens)[1], 0.4, self.generator)) for t in parts]
 
-    def _joined(self, clean: Texts, harmful: Texts, count: int = 16) -> list[Texts]:
-        a, b = clean[:count], harmful[:count]
-        if a.mask is not None:
-            return []  # families with an attention mask are not joined by core's nodes in a way that keeps it
-        joined = [Texts(torch.cat([a.tokens, b.tokens], dim=1), a.pooled, None, b.harms)]
-        if a.tokens.shape == b.tokens.shape:
-            share = 0.5 + 0.5 * self.random(count, 1, 1)
-            mixed = b.tokens * share + a.tokens * (1 - share)
-            joined.append(Texts(mixed, b.pooled, None, b.harms))
-        return joined
+
+def _bounded(texts: Texts) -> Texts:
+    """As many of some prompts as memory and time allow: attention costs the square of their length."""
+    return texts[: max(1, READ_TOKENS // texts.tokens.shape[1])]

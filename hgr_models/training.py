@@ -40,12 +40,13 @@ class Averaged:
 def disguise(tokens: Tensor, scale: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Tokens (B, T, D) of which `share` are perturbed: what text no longer shows, the direction still must.
 
-    `scale` (D,) is the tokens' spread per channel (`ConditionRedirector.token_scale`); up to half of it is added.
+    `scale`, (D,) or one per token (B, T, D), is the tokens' spread per channel (`ConditionRedirector.units`); up to half of it
+    is added. Zeros stay: they are padding, of tokens or of a narrower encoder's channels.
     """
     like = {"generator": generator, "device": generator.device}
     size = (0.5 * torch.rand(len(tokens), 1, 1, **like)).to(tokens) * scale.to(tokens)
     hit = (torch.rand(len(tokens), 1, 1, **like) < share).to(tokens.device)
-    return torch.where(hit, tokens + size * torch.randn(tokens.shape, **like).to(tokens), tokens)
+    return torch.where(hit & (tokens != 0), tokens + size * torch.randn(tokens.shape, **like).to(tokens), tokens)
 
 
 class Training:

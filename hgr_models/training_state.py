@@ -1,13 +1,12 @@
 """The state of a training on disk: one safetensors file that is replaced whole, so that a killed process loses little."""
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import HGRError
+from .files import write_whole
 from .shards import read_shard
 from .training import Training
 
@@ -20,13 +19,8 @@ def save_state(folder: Path, trainings: dict[str, Training], about: dict) -> Non
     tensors, facts = {}, {}
     for name, training in trainings.items():
         values, facts[name] = training.state()
-        tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in values.items()}
-    path, part = folder / NAME, folder / f"{NAME}.part"
-    try:
-        save_file(tensors, part, {KEY: json.dumps({"trainings": facts, **about})})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        tensors |= {f"{name}.{key}": value for key, value in values.items()}
+    write_whole(folder / NAME, tensors, {KEY: json.dumps({"trainings": facts, **about})})
 
 
 def read_about(folder: Path) -> dict | None:

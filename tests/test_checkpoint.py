@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import info, small_hgr
-from hgr_models import HGRError, file_hash, load_hgr, save_hgr
+from hgr_models import HGR, HGRError, file_hash, load_hgr, save_hgr
 from hgr_models.checkpoint import KEY
+from hgr_models.condition import ConditionConfig
 
 
 @pytest.fixture
@@ -36,10 +37,31 @@ def test_round_trip(saved):
     assert not any(p.requires_grad for p in again.parameters())
 
 
+def test_files_from_before_two_encoders_load(saved):
+    """Their configuration has no `short_width`, and their tensors no units of a narrower encoder."""
+    rewrite(saved, about=lambda a: {**a, "condition": {k: v for k, v in a["condition"].items() if k != "short_width"}})
+    assert load_hgr(saved).condition.config.short_width == 0
+
+
+def test_a_narrower_encoder_is_narrower(saved):
+    rewrite(saved, about=lambda a: {**a, "condition": {**a["condition"], "short_width": 16}})
+    with pytest.raises(HGRError, match="short_width below 16"):
+        load_hgr(saved)
+
+
+def test_two_encoders_survive_a_round_trip(tmp_path):
+    config = ConditionConfig(16, 2, width=8, depth=1, delta_depth=1, heads=1, short_width=10)
+    hgr = HGR(info(), config, None)
+    hgr.condition.short_center[:10] = 1e5  # beyond fp16
+    save_hgr(tmp_path / "two.safetensors", hgr)
+    again = load_hgr(tmp_path / "two.safetensors").condition
+    assert again.config == config and torch.equal(again.short_center, hgr.condition.short_center)
+
+
 def test_saving_leaves_nothing_half_written(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(HGRError, match="hgr.safetensors cannot be written .disk full"):
         save_hgr(saved, small_hgr(1))
     assert saved.read_bytes() == before and [p.name for p in saved.parent.iterdir()] == [saved.name]
 

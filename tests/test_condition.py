@@ -4,7 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from helpers import small_hgr
-from hgr_models import CategorySettings, redirect_condition
+from hgr_models import CategorySettings, losses, redirect_condition
+from hgr_models.condition import ConditionConfig, ConditionRedirector, narrower_width
 
 W = torch.tensor([[1.0, 0.0]])
 
@@ -68,3 +69,52 @@ def test_units_make_outlier_channels_ordinary():
     network.measure(tokens)
     assert 300 < network.token_center[3] < 500 and 60 < network.token_scale[3] < 120
     assert 0.8 < network.token_scale[0] < 1.2
+
+
+# Two encoders along T, the narrower one's channels padded with zeros
+
+
+def two_encoders(count=60):
+    """Tokens (count, 6, 16): two of an encoder of 10 channels in large numbers, four of one of 16 in small ones."""
+    narrow = torch.nn.functional.pad(40 + 20 * torch.randn(count, 2, 10), (0, 6))
+    return torch.cat([narrow, 0.1 * torch.randn(count, 4, 16)], dim=1)
+
+
+def segmented():
+    torch.manual_seed(0)
+    network = ConditionRedirector(ConditionConfig(16, 2, width=32, depth=1, delta_depth=1, heads=2, short_width=10))
+    for head in (network.token_out, network.erase):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    return network.eval().requires_grad_(False)
+
+
+def test_a_narrower_encoder_is_seen_by_its_zeros():
+    tokens = two_encoders()
+    assert narrower_width(tokens) == 10
+    assert narrower_width(tokens[:, 2:]) == narrower_width(tokens[:, :2]) == narrower_width(torch.zeros(1, 2, 16)) == 0
+    masked = tokens[:, 2:].clone()
+    masked[0, 3] = 0.0  # a token of padding
+    masked[1, 1, -1] = 0.0  # by chance
+    assert narrower_width(masked) == 0
+
+
+def test_each_encoder_has_units_of_its_own():
+    network, tokens = segmented(), two_encoders()
+    network.measure(tokens)
+    center, scale = network.units(tokens)
+    assert_close(center[0, 0, :10], torch.full((10,), 40.0), rtol=0.2, atol=0)
+    assert_close(scale[0, 1, :10], torch.full((10,), 20.0), rtol=0.4, atol=0)
+    assert_close(scale[0, 2], torch.full((16,), 0.1), rtol=0.4, atol=0)
+    assert not scale[:, :2, 10:].any() and not center[:, :2, 10:].any()
+    z = network._read(tokens, None, None)[1]
+    assert z[:, :2, :10].std() < 1.3 and z[:, 2:].std() < 1.3 and not z[:, :2, 10:].any()
+
+
+def test_the_delta_is_in_each_encoders_units_and_zero_beyond_its_channels():
+    network, tokens = segmented(), two_encoders()
+    network.measure(tokens)
+    delta, _ = network.delta(tokens, None, W)
+    assert torch.isfinite(delta).all() and not delta[:, :2, 10:].any()
+    assert delta[:, :2, :10].std() > 20 * delta[:, 2:].std() > 0
+    quiet = losses.quiet_loss(network, tokens, W.expand(60, -1))
+    assert torch.isfinite(quiet) and quiet > 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hgr_models import HGRError, load_hgr
 from hgr_models.recording import record_runs
 from hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, Texts, write_runs, write_texts
 from hgr_models.train import Command, arguments
+from hgr_models.training_state import read_about
 from test_training import c_in, predict, toy_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,46 @@ def test_stopped_and_started_again_it_goes_on(shards, tmp_path, monkeypatch):
     stopped = run(shards, tmp_path / "b.safetensors")
     a, b = through.state_dict(), stopped.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a) and len(losses_of(tmp_path / "b.safetensors")["guidance"]) == 24
+
+
+def test_a_killed_process_loses_what_came_after_the_last_state(shards, tmp_path):
+    """kill -9 in the middle: the same command goes on, and ends as if nothing had happened."""
+    through = run(shards, tmp_path / "a.safetensors")
+    script = (
+        "import os, signal, hgr_models.train as t\n"
+        "t.SAVE_EVERY, save = -1.0, t.Command._save\n"
+        "def saving(self):\n"
+        "    if self.trainings['guidance'].step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    save(self)\n"
+        "t.Command._save = saving\n"
+        "t.main()\n"
+    )
+    command = [sys.executable, "-c", script, str(shards), "--out", str(tmp_path / "b.safetensors"), "--guidance-steps", "24"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "b.safetensors").exists()
+    assert read_about(tmp_path / "b.safetensors.training")["trainings"]["guidance"]["step"] == 8
+    a, b = through.state_dict(), run(shards, tmp_path / "b.safetensors").state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_batch_larger_than_the_recording(shards, tmp_path):
+    out, few = tmp_path / "a.safetensors", ("--model", "test_train:frozen", "--condition-steps", "1", "--guidance-steps", "1")
+    assert run(shards, out, "--batch", "200", *few).info.training["steps"] == {"condition": 1, "guidance": 1}
+
+
+@pytest.mark.parametrize(
+    "more", [["--comfyui", "x"], ["--checkpoint", "x"], ["--comfyui", "x", "--checkpoint", "x", "--model", "a:b"]]
+)
+def test_a_checkpoint_needs_its_comfyui(more, capsys):
+    with pytest.raises(SystemExit):
+        arguments(["shards", "--out", "a", *more])
+    assert "--comfyui and --checkpoint together" in capsys.readouterr().err
+
+
+def test_no_comfyui_is_said(shards, tmp_path):
+    with pytest.raises(HGRError, match="There is no ComfyUI in .*absent. Give the folder that has its main.py"):
+        run(shards, tmp_path / "a.safetensors", "--comfyui", str(tmp_path / "absent"), "--checkpoint", "x")
 
 
 def exec_stop():

@@ -184,8 +184,11 @@ def test_recordings_without_common_latent_sizes_are_refused(tmp_path):
 
 
 def test_disguise_perturbs_a_share_in_units_per_channel():
-    tokens, scale = torch.zeros(4000, 2, 3), torch.tensor([0.0, 1.0, 10.0])
-    moved = disguise(tokens, scale, 0.25, torch.Generator().manual_seed(0))
+    tokens, scale = torch.ones(4000, 2, 3), torch.tensor([0.0, 1.0, 10.0])
+    tokens[:, 1, 2] = 0.0  # padding stays
+    moved = disguise(tokens, scale, 0.25, torch.Generator().manual_seed(0)) - tokens
+    assert not moved[:, 1, 2].any()
+    moved = moved[:, :1]
     hit = moved.flatten(1).any(dim=1)
     assert 0.2 < hit.float().mean() < 0.3 and not moved[..., 0].any()
     assert moved[hit][..., 2].std() / moved[hit][..., 1].std() == pytest.approx(10, rel=0.2)

@@ -13,16 +13,21 @@ def encode_batch(clip, prompts: list[str]) -> list:
     Shorter prompts get chunks of the empty prompt, as core gives the shorter of two encoders' prompts. Raises ValueError
     where an encoder makes prompts of different lengths that nothing marks as padding.
     """
-    entries = [_only(clip.encode_from_tokens_scheduled(tokens)) for tokens in _equal_chunks(clip, prompts)]
-    tokens, extras = [entry[0] for entry in entries], [entry[1] for entry in entries]
+    pieces = _equal_chunks(clip, prompts)
+    tokens, extras = _encode(clip, pieces)
+    if len({(t.shape[1], MASK in extra) for t, extra in zip(tokens, extras, strict=True)}) > 1:
+        if _gives_masks(clip):  # core drops a mask that masks nothing
+            extras = [{MASK: torch.ones(t.shape[:2], device=t.device), **e} for t, e in zip(tokens, extras, strict=True)]
+        elif _lacks_masks(extras):
+            tokens, extras = _encode(clip, _padded(pieces, clip.tokenize("")))
     longest = max(t.shape[1] for t in tokens)
     if any(t.shape[1] != longest for t in tokens):
-        if any("attention_mask" not in extra for extra in extras):
+        if _lacks_masks(extras):
             lengths = [t.shape[1] for t in tokens]
             raise ValueError(
                 f"This CLIP encodes the prompts to different lengths ({lengths} tokens), and they cannot share a batch."
             )
-        extras = [{**extra, "attention_mask": _pad(extra["attention_mask"], 1, longest)} for extra in extras]
+        extras = [{**extra, MASK: _pad(extra[MASK], 1, longest)} for extra in extras]
         tokens = [_pad(t, 1, longest) for t in tokens]
     return [[torch.cat(tokens), {key: _join([extra.get(key) for extra in extras]) for key in extras[0]}]]
 
@@ -37,6 +42,32 @@ def _equal_chunks(clip, prompts: list[str]) -> list[dict]:
     return [
         {key: [*tokens[key], *empty[key] * (count - len(tokens[key]))] for key, count in counts.items()} for tokens in all_tokens
     ]
+
+
+def _lacks_masks(extras: list[dict]) -> bool:
+    return any(MASK not in extra for extra in extras)
+
+
+def _gives_masks(clip) -> bool:
+    """Whether one of a CLIP's encoders marks padding for the model that reads it, as language models do."""
+    model = getattr(clip, "cond_stage_model", None)
+    return model is not None and any(getattr(part, "return_attention_masks", False) for part in model.modules())
+
+
+def _padded(pieces: list[dict], empty: dict) -> list[dict]:
+    """Chunks as long as the longest, with the token that an encoder such as T5 pads the empty prompt with; others stay as they are."""
+    for key, chunks in empty.items() if isinstance(empty, dict) else ():
+        pad = chunks[-1][-1:]
+        if chunks[-1][-2:] == 2 * pad:  # the empty prompt ends in padding
+            longest = max(len(chunk) for tokens in pieces for chunk in tokens[key])
+            pieces = [{**tokens, key: [[*c, *pad * (longest - len(c))] for c in tokens[key]]} for tokens in pieces]
+    return pieces
+
+
+def _encode(clip, pieces: list) -> tuple[list[torch.Tensor], list[dict]]:
+    """Tokens (1, T, D) and extras per prompt."""
+    entries = [_only(clip.encode_from_tokens_scheduled(tokens)) for tokens in pieces]
+    return [entry[0] for entry in entries], [entry[1] for entry in entries]
 
 
 def _only(entries: list) -> list:

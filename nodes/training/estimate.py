@@ -54,7 +54,7 @@ def estimate(session, record_only: bool = False) -> Cost:
     parts = _seconds(plan, session, row, step)
     if record_only:
         parts = {name: seconds for name, seconds in parts.items() if name in ("prompts", "recording")}
-    return Cost(parts, _bytes_on_disk(plan, session, shape), _bytes_of_training(plan, session))
+    return Cost(parts, _bytes_on_disk(plan, session, shape), _bytes_of_training(session))
 
 
 def _seconds(plan: TrainPlan, session, row: float, step: float) -> dict[str, float]:
@@ -93,7 +93,7 @@ def _seconds_per_guidance_step(session, shape: tuple[int, ...]) -> float:
     facts, count = session.facts, 64
     with torch.inference_mode(False), torch.enable_grad():
         info = session.new_info()
-        network = hgr_models.HGR(info, None, session.plan.configs(info)[1]).to(session.device).guidance
+        network = hgr_models.HGR(info, None, session.configs()[1]).to(session.device).guidance
         latents = [torch.randn(count, *shape, device=session.device) for _ in range(4)]
         harms = torch.zeros(count, len(facts["categories"]), device=session.device)
         sigma = torch.ones(count, device=session.device)
@@ -107,11 +107,11 @@ def _seconds_per_guidance_step(session, shape: tuple[int, ...]) -> float:
     return seconds
 
 
-def _bytes_of_training(plan: TrainPlan, session) -> int:
+def _bytes_of_training(session) -> int:
     """Both redirectors with their averages, gradients and two moments, float32; the recording is mapped, not loaded."""
     info = session.new_info()
     with torch.device("meta"):
-        hgr = hgr_models.HGR(info, *plan.configs(info))
+        hgr = hgr_models.HGR(info, *session.configs())
     return 5 * 4 * sum(p.numel() for p in hgr.parameters())
 
 

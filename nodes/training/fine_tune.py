@@ -1,6 +1,5 @@
 """`SafeCFG Fine-tune Safe LoRA`: an ordinary LoRA that makes a model safe wherever it is loaded, from unlabelled prompts."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ...hgr_models.lora_samples import read_samples
 from ..reporting.meter import current_server
 from ..schema import HGR_TYPE, PROMPTS_TYPE, make_input, make_schema
 from .lora_report import preview, report
-from .plan import recording_folder
+from .plan import make_folder, recording_folder
 from .safe_lora import LoraPlan, LoraSession
 from .unlabelled_inputs import gather_pictures, gather_prompts
 from .widgets import end_inputs, latent_input, number, run_inputs, run_settings
@@ -44,9 +43,7 @@ def output_path(name: str, digest: str) -> Path:
     Raises HGRError when another file has that name, or the folder cannot be written.
     """
     path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise hgr_models.HGRError(f"Expected a folder that can be written, but {path.parent} cannot. Change its permissions.")
+    make_folder(path.parent)
     if path.exists() and load_lora(path)[1].get("digest") != digest:
         raise hgr_models.HGRError(f"{path} exists and comes from another fine-tuning. Choose another name, or delete it.")
     return path

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,12 +41,12 @@ class TrainPlan:
     def by_guidance(self) -> bool:
         return self.networks in ("both", "guidance")
 
-    def configs(self, info: hgr_models.HGRInfo) -> tuple[ConditionConfig | None, GuidanceConfig | None]:
-        """The networks' sizes for a model's family."""
+    def configs(self, info: hgr_models.HGRInfo, short_width: int) -> tuple[ConditionConfig | None, GuidanceConfig | None]:
+        """The networks' sizes for a model's family; `short_width` as in `ConditionConfig`."""
         k, (width, guidance_width) = len(info.categories), WIDTHS[self.size]
-        condition = ConditionConfig(info.token_width, k, info.pooled_width, width=width) if self.by_condition else None
+        condition = ConditionConfig(info.token_width, k, info.pooled_width, width=width, short_width=short_width)
         guidance = GuidanceConfig(info.latent_channels, k, info.latent_dimensions, guidance_width) if self.by_guidance else None
-        return condition, guidance
+        return condition if self.by_condition else None, guidance
 
     @property
     def policy_runs(self) -> int:
@@ -73,6 +74,16 @@ def recording_folder(name: str) -> Path:
     if not name or name != Path(name).name or name.startswith("."):
         raise hgr_models.HGRError(f"Expected a plain name for the recording, such as my_model, but got {name!r}.")
     return Path(folder_paths.get_output_directory()) / "safecfg" / "recordings" / name
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder to write into. Raises HGRError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise hgr_models.HGRError(f"The folder {path} cannot be made ({error.strerror}). Change who may write there.") from error
+    if not os.access(path, os.W_OK):
+        raise hgr_models.HGRError(f"Expected a folder that can be written, but {path} cannot. Change its permissions.")
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

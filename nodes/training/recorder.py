@@ -16,6 +16,7 @@ from ...hgr_models.recording import Points, Policy, Prompts
 from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, TEXTS, write_runs, write_texts
 from ...hgr_models.training import disguise
 from .encoding import encode_batch, text_of
+from .wording import some_layer, vary
 
 TEXT_BATCH = 32
 LOOKS, LOOK_PARTS = 2, (0.35, 0.9)  # how often, and at which parts of the schedule, a finished run is looked at as a picture
@@ -51,7 +52,7 @@ class Job:
     negative: str
     follow: str
     seed: int
-    looks: int
+    looks: int  # 0: a run to measure with
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,18 @@ def record_job(
 ) -> tuple[Points, Prompts]:
     """Samples a job's runs and gives every step of them.
 
-    A quarter of the harmful prompts is disguised in units of `scale` (D,): the direction must show what text hides.
+    A quarter of the harmful prompts is disguised in units of `scale` (D,): the direction must show what text hides. Runs to
+    learn from are worded as users do (`wording`), prompt and partner alike; runs to measure with are not.
     """
-    text = encode_batch(clip, [pair.harmful for pair in job.pairs])
+    texts, rng = [[pair.harmful for pair in job.pairs], [pair.safe for pair in job.pairs]], random.Random(f"{job.seed} wording")
+    if job.looks:
+        texts, clip = vary(texts, prompts.clean, rng), some_layer(clip, rng)
+    text = encode_batch(clip, texts[0])
     conds = {"positive": text, "negative": encode_batch(clip, [job.negative])}
     if job.kind == HARMFUL:
         generator = torch.Generator().manual_seed(job.seed)
         text[0][0] = text[0][0] if scale is None else disguise(text[0][0], scale, 0.25, generator)
-        conds["partner"] = encode_batch(clip, [pair.safe for pair in job.pairs])
+        conds["partner"] = encode_batch(clip, texts[1])
     guider = RecordingGuider(model).prepare(job, conds, policy)
     output = sample(model, guider, job, settings, CALIBRATION_STEPS if job.kind == CALIBRATION else settings.steps)
     for look in range(job.looks):
@@ -194,7 +199,7 @@ def record(
 def write_prompts(clip, prompts: PromptSet, seed: int, folder: Path, facts: dict) -> Iterator[float]:
     """Writes every encoded training prompt as shards, those with harms apart; yields the share that is done.
 
-    As users write them: some weighted, some among others in one long prompt.
+    As users write them (`wording`).
     """
     groups = {HARMFUL: prompts.pairs, CLEAN: clean_pairs(prompts.clean), CALIBRATION: clean_pairs(prompts.held_out_clean)}
     batches = [
@@ -206,19 +211,8 @@ def write_prompts(clip, prompts: PromptSet, seed: int, folder: Path, facts: dict
         path = folder / f"{name}.safetensors"
         if not path.exists():
             rng = random.Random(f"{seed} {name}")
-            texts = vary([pair.harmful for pair in pairs], prompts.clean, rng)
+            (texts,) = vary([[pair.harmful for pair in pairs]], prompts.clean, rng)
             harms = torch.stack([labels(prompts.categories, pair.harms) for pair in pairs])
-            rows = text_of(encode_batch(clip, texts), harms)
+            rows = text_of(encode_batch(some_layer(clip, rng), texts), harms)
             write_texts(path, rows, facts, CALIBRATION_TEXTS if kind == CALIBRATION else TEXTS)
         yield (done + 1) / len(batches)
-
-
-def vary(texts: list[str], fillers: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Prompts with weights, or of several chunks, in a part of the batches: chunks are padded to the longest of a batch."""
-    way = rng.random()
-    if way < 0.15:
-        return [f"({text}:{rng.uniform(0.3, 1.6):.2f})" for text in texts]
-    if way < 0.3:
-        around = [rng.sample(fillers, min(len(fillers), rng.randint(1, 8))) for _ in texts]
-        return [", ".join(rng.sample([text, *some], len(some) + 1)) for text, some in zip(texts, around, strict=True)]
-    return texts

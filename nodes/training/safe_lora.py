@@ -24,6 +24,7 @@ from .bare import without_safecfg
 from .estimate import BACKWARD, Cost
 from .frozen import FrozenModel
 from .lora_report import draw_curves
+from .plan import make_folder
 from .progress import Progress
 from .recorder import RunSettings, empty_latent
 from .unlabelled import BASE, SAFE, STUDENT, Job, encode, plan_pictures, plan_runs, record_jobs, run_job
@@ -80,7 +81,7 @@ class LoraSession:
 
     def prepare(self) -> None:
         """Looks at what is there, the prompts and the disk, and says what it will take. Raises HGRError when something is wrong."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         conditioning, _ = encode(self.clip, ())
         tokens, self.template = conditioning[0]
         read_text({**self.template, TOKENS: tokens}, self.hgr.info)  # raises for the widths of another family

@@ -24,14 +24,12 @@ from .bare import without_safecfg
 from .encoding import encode_batch, text_of
 from .facts import recording_facts
 from .frozen import FrozenModel, gradient_error
-from .plan import TrainPlan
+from .plan import TrainPlan, make_folder
 from .progress import Progress
 from .recorder import FOLLOW, clean_pairs, plan_jobs, record, write_prompts
 
 MAX_GRADIENT_ERROR = 0.3
 REPORT_EVERY = 10  # steps
-DISTANCES = {"before": "before", "error": "after", "held_out": "after on runs that were not trained on"}  # of a step report
-PROOFS = {"upper_bound_prompts": "clean prompts", "upper_bound_runs": "clean runs"}
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +54,10 @@ class Session:
         """Metadata of an HGR for this recording, not yet calibrated."""
         return uncalibrated_info(self.facts)
 
+    def configs(self) -> tuple:
+        """The networks' sizes for this recording's family."""
+        return self.plan.configs(self.new_info(), self.facts.get("short_width", 0))
+
     @property
     def device(self) -> torch.device:
         """Where the redirectors learn."""
@@ -66,7 +68,7 @@ class Session:
 
         Raises HGRError when the folder belongs to another training, or the disk is too small.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if self.model is not None:
             sample = text_of(self.encode([""]), torch.zeros(1, len(self.prompts.categories)))
             self.facts = recording_facts(self.model, self.prompts, sample)
@@ -93,21 +95,6 @@ class Session:
         """Stores the state; nothing before the first training has begun."""
         if self.trainings:
             state.save_state(self.folder, self.trainings, {"digest": self.digest, "history": self.history, "facts": self.facts})
-
-    def summary(self, hgr: hgr_models.HGR, path: Path) -> str:
-        """What was trained, in words."""
-        proof = hgr.info.training["calibration"]
-        lines = [f"{path}: {', '.join(hgr.info.categories)}", *self.notes]
-        for part, training in self.trainings.items():
-            last = [entry for entry in self.history if entry["part"] == part][-20:]
-            text = f"{part} redirector: {training.step} steps, distance to the safe direction"
-            for key, what in DISTANCES.items():
-                values = [entry[key] for entry in last if entry.get(key) is not None]
-                text += f", {sum(values) / len(values):.2f} {what}" if values else ""
-            lines.append(text)
-        bounds = [f"{100 * proof[key]:.2g} % of {what}" for key, what in PROOFS.items() if key in proof]
-        lines.append(f"false alarms, 95 % upper bounds: {', '.join(bounds)} (asked for: {100 * proof['rate']:.2g} % of pictures)")
-        return "\n".join(lines)
 
     def record(self) -> Recording:
         """Encodes the prompts and records all runs that need no HGR; without a model, what was recorded."""
@@ -139,9 +126,9 @@ class Session:
         with torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(self.plan.runs.seed)  # the networks' first weights
             info = self.new_info()
-            hgr = hgr_models.HGR(info, *self.plan.configs(info)).to(self.device)
+            hgr = hgr_models.HGR(info, *self.configs()).to(self.device)
             if hgr.condition is not None and not self._train_condition(hgr, recording):
-                hgr = hgr_models.HGR(info, None, self.plan.configs(info)[1]).to(self.device)
+                hgr = hgr_models.HGR(info, None, self.configs()[1]).to(self.device)
             if hgr.guidance is not None:
                 self._train_guidance(hgr, recording)
             for training in self.trainings.values():

@@ -1,6 +1,5 @@
 """`SafeCFG Train HGR`: an HGR for exactly this model, from prompts alone."""
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -12,7 +11,8 @@ from ..loader import FOLDER, load_hgr_model
 from ..reporting.drawing import to_tensor
 from ..schema import HGR_TYPE, PROMPTS_TYPE, make_input, make_schema
 from .launch import open_session
-from .plan import WIDTHS
+from .plan import WIDTHS, make_folder
+from .summary import summary
 from .widgets import count_inputs, end_inputs, latent_input, number, run_inputs, train_plan
 
 
@@ -23,9 +23,7 @@ def output_path(name: str) -> Path:
 
 def check_output(path: Path, digest: str) -> None:
     """Raises HGRError when another training's HGR, or no HGR at all, has that name, or the folder cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise hgr_models.HGRError(f"Expected a folder that can be written, but {path.parent} cannot. Change its permissions.")
+    make_folder(path.parent)
     if path.exists() and hgr_models.load_hgr(path).info.training.get("digest") != digest:
         raise hgr_models.HGRError(f"{path} exists and comes from another training. Choose another name, or delete it.")
 
@@ -69,8 +67,8 @@ class TrainHGR(io.ComfyNode):
         hgr_models.save_hgr(path, hgr.cpu())
         drawn = to_tensor(session.draw())[None]
         losses = {"loss": [entry["loss"] for entry in session.history]}
-        summary = session.summary(hgr, path)
-        return io.NodeOutput(load_hgr_model(str(path)), losses, drawn, summary, ui=ui.PreviewImage(drawn, cls=cls))
+        text = summary(session, hgr, path)
+        return io.NodeOutput(load_hgr_model(str(path)), losses, drawn, text, ui=ui.PreviewImage(drawn, cls=cls))
 
 
 def _sources() -> list:

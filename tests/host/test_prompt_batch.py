@@ -54,6 +54,31 @@ def test_masked_encoders_are_padded():
     assert extra["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and (tokens[1, 1:] == 0).all()
 
 
+class Padding(LanguageModel):
+    """An encoder that pads to 3 tokens, as T5 does, and marks nothing."""
+
+    def tokenize(self, text):
+        words = [(len(word), 1.0) for word in text.split()]
+        return {"t5": [words + [(0, 1.0)] * (3 - len(words))]}
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return [[torch.tensor([[[float(token)] * 2 for token, _ in tokens["t5"][0]]]), {}]]
+
+
+def test_encoders_that_pad_share_a_batch_with_more_padding():
+    ((tokens, _),) = encode_batch(Padding(), ["aa bb cc dd e", "aaa"])
+    assert tokens[..., 0].tolist() == [[2, 2, 2, 2, 1], [3, 0, 0, 0, 0]]
+
+
+def test_a_mask_that_core_dropped_is_given_back():
+    clip = LanguageModel(masked=False)
+    clip.cond_stage_model = torch.nn.ModuleList([torch.nn.Identity()])
+    clip.cond_stage_model[0].return_attention_masks = True
+    ((tokens, extra),) = encode_batch(clip, ["a b c", "a"])
+    assert tokens.shape == (2, 3, 8) and extra["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "attention_mask" not in encode_batch(clip, ["a b", "c d"])[0][1]
+
+
 def test_what_cannot_share_a_batch_is_said():
     with pytest.raises(ValueError, match="different lengths"):
         encode_batch(LanguageModel(masked=False), ["a b c", "a"])

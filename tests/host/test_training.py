@@ -8,6 +8,7 @@ import folder_paths
 import pytest
 import torch
 from safecfg import hgr_models
+from safecfg.hgr_models import files
 from safecfg.hgr_models.pairs import PromptPair, PromptSet
 from safecfg.hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, Recording
 from safecfg.nodes.demo_world.demo_model import DemoModel
@@ -218,15 +219,13 @@ def test_a_full_disk_is_seen_before_anything_is_recorded(demo, monkeypatch):
 
 
 def test_a_disk_that_fills_up_leaves_no_part_of_a_shard(demo, monkeypatch):
-    from safecfg.hgr_models import shards
-
     def full(tensors, path, header):
         pathlib.Path(path).write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(files, "save_file", full)
+        with pytest.raises(hgr_models.HGRError, match="safetensors cannot be written .*No space left.*Free some disk space"):
             train(demo)
     assert not list(recording_folder("mine").iterdir())
     train(demo)
