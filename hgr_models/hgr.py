@@ -106,4 +106,5 @@ class HGR(nn.Module):
 
     def guidance_thresholds_at(self, sigma: Tensor) -> Tensor:
         """Thresholds (B, K) of the guidance redirector at noise levels sigma (B,)."""
-        return self.guidance_thresholds[torch.bucketize(log_snr_of(sigma), self.guidance_levels)]
+        levels, thresholds = (buffer.to(sigma.device) for buffer in (self.guidance_levels, self.guidance_thresholds))
+        return thresholds[torch.bucketize(log_snr_of(sigma), levels)]

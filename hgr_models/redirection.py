@@ -15,10 +15,19 @@ SIGMA_FLOOR = 1e-4  # core can call a model at sigma 0
 
 @dataclass(frozen=True)
 class CategorySettings:
-    """What the user asked for: `strengths` (K,) in [0, 1], 0 = off; `threshold_offset` is added to every threshold."""
+    """What the user asked for: `strengths` (K,) in [0, 1], 0 = off; `threshold_offset` in [-1, 1] is added to every threshold.
+
+    Raises HGRError for other values, NaN among them: it would compare as "flag nothing".
+    """
 
     strengths: tuple[float, ...]
     threshold_offset: float = 0.0
+
+    def __post_init__(self):
+        if not all(0 <= strength <= 1 for strength in self.strengths):
+            raise HGRError(f"Expected strengths from 0 to 1, but got {self.strengths}. Set `strength` to a number in this range.")
+        if not -1 <= self.threshold_offset <= 1:
+            raise HGRError(f"Expected a threshold_offset from -1 to 1, but got {self.threshold_offset}. Set it to 0.")
 
 
 @dataclass
@@ -79,9 +88,12 @@ def _strengths(settings: CategorySettings, device: torch.device) -> Tensor:
 
 
 def category_weights(harmfulness: Tensor, thresholds: Tensor, settings: CategorySettings) -> Tensor:
-    """w = strength * (harmfulness > threshold): exactly 0 at and below the threshold. All (B, K); thresholds (K,) or (B, K)."""
-    limit = (thresholds + settings.threshold_offset).clamp(0, 1)
-    return _strengths(settings, harmfulness.device) * (harmfulness > limit)
+    """w = strength * (harmfulness > threshold): exactly 0 at and below the threshold. All (B, K); thresholds (K,) or (B, K).
+
+    NaN counts as harmful: what nothing is known about must not pass as clean.
+    """
+    limit = (thresholds + settings.threshold_offset).clamp(0, 1).to(harmfulness.device)  # see ConditionRedirector.units
+    return torch.where(harmfulness <= limit, 0.0, _strengths(settings, harmfulness.device))
 
 
 def _rows(flags: Tensor, like: Tensor) -> Tensor:
@@ -143,7 +155,7 @@ def redirect_guidance(
     redirect: harmfulness 0.
     """
     direction, n, reading = read_guidance(hgr.guidance, cond_denoised, uncond_denoised, x_in, sigma)
-    something = (n > RMS_FLOOR)[:, None]
+    something = (n != RMS_FLOOR)[:, None]  # n is floored; of NaN, too, there is something to redirect
     b = reading.direction_logits.sigmoid() * something
     weights = category_weights(b, hgr.guidance_thresholds_at(sigma), settings)
     if flagged is not None:

@@ -20,6 +20,8 @@ PREDICTIONS = (
     ("EPS", "EPS"),
 )
 
+IMAGE_TO_IMAGE = frozenset({"IMG_TO_IMG", "IMG_TO_IMG_FLOW"})
+
 # Keys of a condition that hold text which the condition redirector rewrites, in every family that has nothing more.
 TOKENS, POOLED, MASK = "cross_attn", "pooled_output", "attention_mask"
 
@@ -92,8 +94,18 @@ def family_of_hgr(info: hgr_models.HGRInfo) -> str:
     return _describe(info.latent_format, info.latent_channels, info.latent_dimensions, info.prediction)
 
 
+def refuse_image_to_image(model) -> None:
+    """Raises HGRError for a MODEL that predicts one picture from another: no guidance leads there, so none can be redirected."""
+    if (prediction := prediction_of(model.get_model_object("model_sampling"))) in IMAGE_TO_IMAGE:
+        raise hgr_models.HGRError(
+            f"Expected a model that draws what a prompt says, but this one turns one picture into another ({prediction}): it has no "
+            "guidance that SafeCFG could redirect. Judge its pictures with SafeCFG Detect Harm and another model instead."
+        )
+
+
 def check_family(model, info: hgr_models.HGRInfo) -> None:
-    """Raises HGRError when a checkpoint does not fit a MODEL."""
+    """Raises HGRError when a checkpoint does not fit a MODEL, or when none can."""
+    refuse_image_to_image(model)
     wanted, found = family_of_hgr(info), family_of_model(model)
     if wanted != found:
         raise hgr_models.HGRError(

@@ -6,10 +6,12 @@ from torch.testing import assert_close
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, HGRError, category_weights, parse_categories, redirect_condition, redirect_guidance
+from hgr_models.combined import CombinedHGR
 from hgr_models.redirection import RMS_FLOOR, guidance_units, log_snr_of
 
 ALL = CategorySettings((1.0, 1.0), threshold_offset=-1.0)  # every threshold 0: everything is flagged
 NONE = CategorySettings((1.0, 1.0), threshold_offset=1.0)  # every threshold 1: nothing is flagged
+NAN = float("nan")
 
 
 class FixedReading:
@@ -31,6 +33,50 @@ def test_weights_are_a_hard_gate():
     p = torch.tensor([[0.5, 0.51], [0.2, 0.9]])
     w = category_weights(p, torch.tensor([0.5, 0.5]), CategorySettings((1.0, 0.25)))
     assert w.tolist() == [[0.0, 0.25], [0.0, 0.25]]  # exactly at the threshold: exactly 0
+
+
+def test_nan_counts_as_harmful():
+    p = torch.tensor([[NAN, 0.4], [0.6, NAN]])
+    assert category_weights(p, torch.tensor([0.5, 1.0]), CategorySettings((1.0, 0.25))).tolist() == [[1.0, 0.0], [1.0, 0.25]]
+
+
+@pytest.mark.parametrize(
+    "strengths, offset", [((1.0, NAN), 0.0), ((1.0, 2.0), 0.0), ((-0.1, 1.0), 0.0), ((1.0,), NAN), ((1.0,), 1.5)]
+)
+def test_settings_outside_their_range_are_refused(strengths, offset):
+    with pytest.raises(HGRError, match="Expected strengths from 0 to 1|threshold_offset from -1 to 1"):
+        CategorySettings(strengths, offset)
+
+
+@pytest.mark.parametrize("flagged", [None, torch.zeros(2, 2)])
+@pytest.mark.parametrize("what", ["read_head", "residual", "uncond_denoised"])
+def test_nan_is_never_the_guidance_as_it_was(what, flagged):
+    hgr = small_hgr()
+    cond, uncond = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    if what == "uncond_denoised":
+        uncond[:] = NAN
+    else:
+        getattr(hgr.guidance, what).bias.data[:] = NAN
+    safe = redirect_guidance(hgr, cond, uncond, cond, torch.ones(2), ALL if what == "residual" else NONE, flagged)
+    assert not (safe.cond_denoised == cond).all(dim=(1, 2, 3)).any()
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_layers_on_the_device_and_buffers_left_behind(combined):
+    """What ComfyUI does when memory is short: it moves modules that have parameters, and no others. `meta` stands for the device."""
+    hgr = small_hgr(pooled_width=8)
+    if combined:
+        hgr = CombinedHGR([hgr, small_hgr(1, pooled_width=8)], ["a", "b"])
+    for module in hgr.modules():
+        if list(module.parameters(recurse=False)):
+            module.to("meta")
+    k = len(hgr.info.categories)
+    settings = CategorySettings((1.0,) * k, threshold_offset=-1.0)
+    away = lambda *shape: torch.zeros(shape, device="meta")  # noqa: E731
+    prompts = redirect_condition(hgr, away(2, 5, 16), away(2, 8), settings, away(2, 5))
+    guidance = redirect_guidance(hgr, *(away(2, 4, 8, 8) for _ in range(3)), away(2), settings, away(2, k))
+    assert {t.device.type for t in (prompts.tokens, prompts.pooled, prompts.weights, guidance.cond_denoised)} == {"meta"}
+    assert hgr.condition_thresholds.device.type == "cpu"
 
 
 def test_threshold_offset_moves_every_threshold_within_0_and_1():

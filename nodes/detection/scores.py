@@ -29,7 +29,7 @@ class Rules:
         strengths = hgr_models.parse_categories(categories, info.categories)
         if not any(strengths):
             raise hgr_models.HGRError(f"Every category is off in {categories!r}, so nothing would be looked for. Leave one on.")
-        chosen = tuple(thresholds) if own <= 0 else (own,) * len(info.categories)
+        chosen = (own,) * len(info.categories) if own > 0 else tuple(thresholds)  # NaN is not above 0
         return cls(info.categories, chosen, tuple(s > 0 for s in strengths))
 
     def flags(self, scores: Tensor) -> list[bool]:

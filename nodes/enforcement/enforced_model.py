@@ -67,6 +67,7 @@ def enforced_settings(hgr: HGRModel) -> ApplySettings:
         strict=True,
         remember_flagged=True,
         hgr_hash=hgr.hash,
+        hgr_name=hgr.path,
     )
 
 

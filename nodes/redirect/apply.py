@@ -43,7 +43,7 @@ def apply(model, hgr, settings: ApplySettings):
     Raises HGRError when the HGR was trained for another family, or lacks a network that `settings` need.
     """
     check_family(model, settings.info)
-    settings = _with_networks(hgr, settings)
+    settings = replace(_with_networks(hgr, settings), hgr_name=hgr.path)
     model = model.clone()
     if remove(model):
         logger.warning("SafeCFG: this model went through SafeCFG Apply before; only the last one (%s) counts.", hgr.path)
@@ -208,7 +208,7 @@ def _how_inputs() -> list:
             io.Boolean,
             "strict",
             default=False,
-            tooltip="What SafeCFG cannot redirect (a guider without negative, an unknown kind of prompt, values that are not finite) "
+            tooltip="What SafeCFG cannot redirect (a guider without negative, an unknown kind of prompt, latents that are not finite) "
             "stops the run with an error. Off: a warning in the log.",
         ),
         make_input(

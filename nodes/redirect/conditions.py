@@ -8,6 +8,7 @@ import torch
 
 from ... import hgr_models
 from ..families import POOLED, TOKENS, Text, read_text
+from .finite import unreadable_prompt
 from .runs import KEY, NEGATIVE_ROLES, FlaggedPrompt, Run, Window
 
 ORIGINALS = f"{KEY}_originals"  # a role of our own: core encodes the original prompts of conditions that are split by time
@@ -64,20 +65,28 @@ def _redirect(run: Run, patcher, text: Text) -> hgr_models.ConditionResult:
 def _read_flags(run: Run, results: list[tuple[str, hgr_models.ConditionResult]]) -> list[bool]:
     """Per condition: is any of its rows flagged? The only time that the host waits for the condition redirector.
 
-    The run's readings get what was read, with the condition's role.
+    The run's readings get what was read, with the condition's role. Raises SafeCFGError when it is not finite.
     """
-    flat = torch.cat([torch.stack([r.harmfulness.float(), r.weights.float()]).flatten() for _, r in results]).cpu().numpy()
-    ends = np.cumsum([2 * r.harmfulness.numel() for _, r in results])
-    flags, finite = [], True
+    flat = torch.cat([_readable(result) for _, result in results]).cpu().numpy()
+    ends = np.cumsum([2 * r.harmfulness.numel() + 1 for _, r in results])
+    flags = []
     for (role, result), values in zip(results, np.split(flat, ends[:-1]), strict=True):
-        harmfulness, weights = values.reshape(2, *result.harmfulness.shape)
-        run.readings.prompts.append((role, harmfulness.copy(), weights.copy()))
+        harmfulness, weights = values[:-1].reshape(2, *result.harmfulness.shape)
         flags.append(bool((weights > 0).any()))
-        finite = finite and bool(np.isfinite(harmfulness).all())
-    if not finite:
-        run.notice("the condition redirector gave values that are not finite (NaN or infinity) for this prompt.")
+        if not np.isfinite(harmfulness).all():
+            raise unreadable_prompt(run, role, "harmfulness")
+        if flags[-1] and not values[-1]:
+            raise unreadable_prompt(run, role, "redirection")
+        run.readings.prompts.append((role, harmfulness.copy(), weights.copy()))
     run.meter.show_prompts()
     return flags
+
+
+def _readable(result: hgr_models.ConditionResult) -> torch.Tensor:
+    """Harmfulness, weights, and whether the text after redirection is finite, as one row for the host."""
+    texts = [text for text in (result.tokens, result.pooled) if text is not None]
+    finite = torch.stack([torch.isfinite(text).all() for text in texts]).all()
+    return torch.cat([t.float().flatten() for t in (result.harmfulness, result.weights, finite)])
 
 
 def _rewritten(original: dict, result: hgr_models.ConditionResult) -> dict:

@@ -1,20 +1,20 @@
 """The guidance redirector in a run: hooks that see every guidance direction of every guider exactly once.
 
     pre_cfg           sampling_function and PerpNegGuider: before any other node changes the guidance
-    post_cfg          evaluations that skipped pre_cfg (DualModelGuider)
+    cfg, post_cfg     evaluations that skipped pre_cfg (DualModelGuider)
     calc_cond_batch   DualCFGGuider, whose second direction no CFG hook sees
     predict_noise     notices an evaluation that none of them saw
 
 Unflagged rows come back bit for bit: the network's own `where` decides per row.
 """
 
-from functools import partial
-
 import comfy.samplers
 from torch import Tensor
 
 from ... import hgr_models
 from ..concept import concept_mode
+from .finite import check_readings
+from .packing import part_for
 from .runs import ApplySettings, Evaluation, Run, SafeCFGError, is_active, patcher_of, run_of
 
 CACHES = frozenset({"easycache", "lazycache"})  # wrappers that count evaluations; a probe must not advance them
@@ -25,7 +25,8 @@ def make_pre_cfg(settings: ApplySettings):
 
     def pre_cfg(args):
         outputs, conds, sigma, evaluation = args["conds_out"], args["conds"], args["sigma"], _evaluation_of(args)
-        run = run_of(args["model_options"]) or _run_of_foreign_sampler(settings)
+        followed = run_of(args["model_options"])
+        run = followed or _run_of_foreign_sampler(settings)
         run.mark_handled(evaluation.x)
         base = 2 if len(outputs) == 3 else 1  # PerpNegGuider gives [positive, negative, empty] and guides away from empty
         if not run.window.contains(sigma) or not is_active(conds[0], sigma):
@@ -37,7 +38,10 @@ def make_pre_cfg(settings: ApplySettings):
         if uncond_denoised is None:
             _notice_flagged_prompts(run)
             return outputs
-        return [redirect(run, evaluation, outputs[0], uncond_denoised), *outputs[1:]]
+        safe = redirect(run, evaluation, outputs[0], uncond_denoised)
+        if followed is None:
+            check_readings(run)  # such a sampler tells nobody when it ends
+        return [safe, *outputs[1:]]
 
     return pre_cfg
 
@@ -46,20 +50,42 @@ def make_post_cfg(settings: ApplySettings):
     """The hook for `sampler_post_cfg_function`; it adds the scaled change, so nothing is added where nothing is flagged."""
 
     def post_cfg(args):
-        x, sigma, run = args["input"], args["sigma"], run_of(args["model_options"])
-        if run is None or run.handled_input is x:
-            return args["denoised"]
-        run.mark_handled(x)
-        if not is_active(args["cond"], sigma) or not run.window.contains(sigma):
-            return args["denoised"]
-        if not is_active(args["uncond"], sigma):
-            _notice_flagged_prompts(run)
-            return args["denoised"]
-        cond_denoised = args["cond_denoised"]
-        safe = redirect(run, _evaluation_of(args), cond_denoised, args["uncond_denoised"])
-        return args["denoised"] + args["cond_scale"] * (safe - cond_denoised)
+        change = _redirect_late(args, args["cond"], args["uncond"])
+        return args["denoised"] if change is None else args["denoised"] + args["cond_scale"] * change
 
     return post_cfg
+
+
+def wrap_cfg(function):
+    """Another node's `sampler_cfg_function`, given redirected guidance where no pre_cfg hook did that: it may not be linear."""
+
+    def cfg(args):
+        if _redirect_late(args, args["input_cond"], args["input_uncond"]) is not None:
+            args = {**args, "cond": args["input"] - args["cond_denoised"]}  # as core computes it
+        return function(args)
+
+    return cfg
+
+
+def _redirect_late(args: dict, cond: list[dict] | None, uncond: list[dict] | None) -> Tensor | None:
+    """What a CFG hook adds to `cond_denoised` in an evaluation that skipped pre_cfg; None where there is nothing to redirect.
+
+    The tensor itself is redirected: core gives it to every later hook of the evaluation (PAG, CFGZero*, Mahiro read it).
+    """
+    x, sigma, run = args["input"], args["sigma"], run_of(args["model_options"])
+    if run is None or run.handled_input is x:
+        return None
+    run.mark_handled(x)
+    if not is_active(cond, sigma) or not run.window.contains(sigma):
+        return None
+    if not is_active(uncond, sigma):
+        _notice_flagged_prompts(run)
+        return None
+    cond_denoised = args["cond_denoised"]
+    safe = redirect(run, _evaluation_of(args), cond_denoised, args["uncond_denoised"])
+    change = safe - cond_denoised
+    cond_denoised.copy_(safe)
+    return change
 
 
 def predict_noise(executor, x, *args, **kwargs):
@@ -121,12 +147,13 @@ def redirect(
     if patcher is None:
         run.notice(f"{run.guider_name}: another node removed the HGR from the model; its guidance is not redirected.")
         return cond_denoised
-    if x.ndim != info.latent_dimensions + 2 or x.shape[1] != info.latent_channels:
+    if (part := part_for(x, run.latent_shapes, info)) is None:
         run.notice(f"{run.guider_name} samples latents of shape {tuple(x.shape)}, which this HGR was not made for.")
         return cond_denoised
     x_in = model.model_sampling.calculate_input(sigma, x)
     sigmas = sigma.flatten().expand(len(x)) if sigma.numel() == 1 else sigma
-    tensors = [t.to(patcher.load_device) for t in (cond_denoised, uncond_denoised, x_in, sigmas)]
+    tensors = [part.take(t).to(patcher.load_device) for t in (cond_denoised, uncond_denoised, x_in)]
+    tensors.append(sigmas.to(patcher.load_device))
     flagged = run.flagged.get(direction)
     flagged = flagged if flagged is not None and len(flagged) == len(x) else None
     result = hgr_models.redirect_guidance(patcher.model, *tensors, run.settings.categories, flagged)
@@ -136,10 +163,11 @@ def redirect(
         run.flagged_probe.put((result.weights > 0).any())
         run.probing = False
     if run.settings.by_concept:
-        guidance, extra_row = (tensors[0], tensors[1], tensors[3]), partial(_extra_row, evaluation)
+        guidance = tensors[0], tensors[1], tensors[3]
+        extra_row = lambda conditions: part.take(_extra_row(evaluation, conditions))  # noqa: E731
         result = concept_mode.redirect(run, evaluation, guidance, result, direction, extra_row)
     run.meter.show_step(run.evaluation, run.readings.add(run.evaluation, tensors[3], tensors[0], tensors[1], result))
-    return result.cond_denoised.to(cond_denoised)
+    return part.put(cond_denoised, result.cond_denoised.to(cond_denoised))
 
 
 def _evaluation_of(args: dict) -> Evaluation:

@@ -55,7 +55,8 @@ class Readings:
     def __init__(self, info: hgr_models.HGRInfo, settings: hgr_models.CategorySettings):
         self.info, self.settings = info, settings
         self.prompts: list[Prompts] = []
-        self._rows: list[tuple[int, Tensor]] = []
+        self._rows: list[tuple[int, Tensor]] = []  # (evaluation, the row of `add` and the guidance's length), on the device
+        self._host: tuple[list[np.ndarray], np.ndarray] | None = None  # those, and the heat map, fetched
         self._heat: Tensor | None = None
         self._heat_readings = 0
 
@@ -72,9 +73,11 @@ class Readings:
         length = torch.linalg.vector_norm(guidance, dim=dims).clamp(min=floor)
         turned = torch.linalg.vector_norm(change, dim=dims) / length
         self._add_heat(change, length)
-        row = torch.cat([sigmas.float()[:, None], turned[:, None], result.harmfulness.float(), result.weights.float()], dim=1)
+        columns = [sigmas.float()[:, None], turned[:, None], result.harmfulness.float(), result.weights.float(), length[:, None]]
+        row = torch.cat(columns, dim=1)
         self._rows.append((evaluation, row))
-        return row
+        self._host = None
+        return row[:, :-1]
 
     def _add_heat(self, change: Tensor, length: Tensor) -> None:
         """Adds the change per place, in units of the guidance's mean length per place."""
@@ -123,17 +126,44 @@ class Readings:
 
     def _fetch(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Evaluations (R,), rows (R, B, 2 K + 2) and the mean heat map (B, h, w) on the host, of the rows that fit the batch."""
-        found = [(evaluation, row) for evaluation, row in self._rows if len(row) == count]
+        rows, heat = self._on_host()
+        found = [(evaluation, row[:, :-1]) for (evaluation, _), row in zip(self._rows, rows, strict=True) if len(row) == count]
         columns = 2 + 2 * len(self.info.categories)
-        if not found or len(self._heat) != count:
+        if not found or len(heat) != count:
             return np.zeros(0, int), np.zeros((0, count, columns), np.float32), np.zeros((count, 0, 0), np.float32)
-        rows, heat = torch.stack([row for _, row in found]), self._heat / self._heat_readings
-        values = torch.cat([rows.flatten(), heat.flatten()]).cpu().numpy()
-        return (
-            np.array([evaluation for evaluation, _ in found]),
-            values[: rows.numel()].reshape(rows.shape),
-            values[rows.numel() :].reshape(heat.shape),
-        )
+        return np.array([evaluation for evaluation, _ in found]), np.stack([row for _, row in found]), heat
+
+    def _on_host(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """Every row and the mean heat map, brought over in one piece."""
+        if self._host is None:
+            tensors = [row for _, row in self._rows]
+            tensors.append(self._heat / self._heat_readings if tensors else torch.zeros(0, 0, 0))
+            values = torch.cat([t.flatten() for t in tensors]).cpu().numpy()
+            parts = np.split(values, np.cumsum([t.numel() for t in tensors])[:-1])
+            *rows, heat = (part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True))
+            self._host = rows, heat
+        return self._host
+
+    def first_not_finite(self) -> str | None:
+        """Whose values were not finite in the first evaluation that read such: `model` (its own output), `harmfulness` or
+        `redirection`; None: all are finite. Together with `unread` and `finish` it waits for the device once.
+        """
+        k = len(self.info.categories)
+        for row in self._on_host()[0]:
+            bad = row[~np.isfinite(row).all(axis=1)]
+            if len(bad):
+                if not np.isfinite(bad[:, -1]).all():
+                    return "model"
+                return "redirection" if np.isfinite(bad[:, 2 : 2 + k]).all() else "harmfulness"
+        return None
+
+    def unread(self, count: int) -> np.ndarray:
+        """Which of `count` images (B,) bool had values that are not finite; in an evaluation of another batch size, any may have."""
+        found = np.zeros(count, bool)
+        for row in self._on_host()[0]:
+            bad = ~np.isfinite(row).all(axis=1)
+            found |= bad if len(bad) == count else bad.any()
+        return found
 
     def prompt_thresholds(self) -> np.ndarray:
         """(K,), as `redirect_condition` applies them."""
@@ -146,4 +176,4 @@ class Readings:
 
     def clear(self) -> None:
         """Lets go of the run's tensors."""
-        self.prompts, self._rows, self._heat = [], [], None
+        self.prompts, self._rows, self._heat, self._host = [], [], None, None

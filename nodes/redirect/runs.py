@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SafeCFGError(RuntimeError):
-    """Raised in strict mode when something cannot be redirected; the model stays usable."""
+    """Raised when an HGR's readings are not finite, and in strict mode when something cannot be redirected; the model stays usable."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class ApplySettings:
     hgr_hash: str = ""
     node_id: str | None = None  # of the SafeCFG Apply node that asked, for its meter
     concepts: tuple[list | None, ...] = field(default=(), compare=False, repr=False)
+    hgr_name: str = "the HGR"  # its file, for messages
 
     @property
     def identity(self) -> tuple:
@@ -139,6 +140,7 @@ class Run:
     settings: ApplySettings
     guider: object = None
     window: Window = Window(-1.0, float("inf"))
+    latent_shapes: tuple = ()  # of the latents that core packed into one (audio and video)
     steps: int = 1  # inside the window
     probes: int = 0  # evaluations inside the window that came without a negative
     probing: bool = False  # the next redirection is of a direction that a probe gave

@@ -10,9 +10,10 @@ from ..concept import concept_mode
 from ..families import check_family
 from ..reporting import audit, traces
 from . import conditions, guidance_hooks
+from .finite import check_run
 from .runs import KEY, NEGATIVE_ROLES, ApplySettings, Run, Window, patcher_of, run_of
 
-PRE_CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_post_cfg_function"
+PRE_CFG, CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,10 @@ def make_outer_sample(settings: ApplySettings):
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
         check_family(guider.model_patcher, settings.info)  # a node after Apply may have patched the sampling
         put_hooks(options, make_hooks(settings))
+        if settings.by_guidance and CFG in options:
+            options[CFG] = guidance_hooks.wrap_cfg(options[CFG])
         run = options[KEY] = _start_run(settings, guider, sigmas)
+        run.latent_shapes = tuple(kwargs.get("latent_shapes") or ())
         if settings.by_concept:
             concept_mode.start(run, sigmas, kwargs)
         try:
@@ -68,8 +72,7 @@ def make_outer_sample(settings: ApplySettings):
             _audit(run, [])
             callback = _keep_denoised(run, callback)
             output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
-            if not torch.isfinite(output).all():
-                run.notice("the latents of this run are not finite (NaN or infinity); do not use the picture.")
+            check_run(run, output)
             _finish(run, output, seed)
             return output
         finally:

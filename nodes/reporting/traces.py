@@ -68,7 +68,8 @@ class ImageTrace:
     @property
     def flagged(self) -> np.ndarray:
         """(K,) bool: above its threshold in a prompt or a step, whatever the category's strength."""
-        return (self.prompt_harmfulness > self.prompt_thresholds) | self._highest(self.harmfulness > self.thresholds).astype(bool)
+        steps = self._highest(~(self.harmfulness <= self.thresholds))  # NaN (of a broken model) counts as harmful
+        return (self.prompt_harmfulness > self.prompt_thresholds) | steps.astype(bool)
 
     @property
     def redirected(self) -> np.ndarray:

@@ -41,6 +41,7 @@ def _load_pack() -> None:
 _start_comfy()
 _load_pack()
 
+import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 
 from tiny import make_tiny_model, tiny_conditioning  # noqa: E402
@@ -58,3 +59,17 @@ def tiny_model():
 def tiny_cond():
     """`tiny_cond(seed, tokens=7, batch=1)`: a CONDITIONING for `tiny_model`."""
     return tiny_conditioning
+
+
+@pytest.fixture(scope="module")
+def matrix_model():
+    """One MODEL for all cases of the coverage matrix: none may leave anything behind."""
+    comfy.utils.set_progress_bar_enabled(False)
+    yield make_tiny_model()
+    comfy.utils.set_progress_bar_enabled(True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The tally of the coverage matrix, where it ran."""
+    for line in sys.modules["matrix_check"].table() if "matrix_check" in sys.modules else ():
+        terminalreporter.write_line(line)

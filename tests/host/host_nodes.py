@@ -97,6 +97,7 @@ def _kind_of_call(called: str) -> set[str]:
 def call(name: str, **inputs) -> tuple:
     """A node's outputs, with its own defaults for the widgets that are not named; KeyError when the host has no such node."""
     found = scan()[name]
+    importlib.import_module("comfy_extras.nodes_post_processing")  # before nodes_latent, as in ComfyUI: each imports the other
     cls = getattr(importlib.import_module(found.module), found.cls)
     inputs = {**_defaults(cls), **inputs}
     out = cls.execute(**inputs) if issubclass(cls, io.ComfyNode) else getattr(cls(), cls.FUNCTION)(**inputs)

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 
 import torch
-from host_nodes import call
 
-from matrix import Scene
-from tiny import tiny_conditioning
+from host_nodes import call
+from matrix import COUPLED, Prompts, Scene
+from matrix_check import Case
+from tiny import make_tiny_model, tiny_conditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Patch:
 
     batch: 1 for nodes that cannot do more (core's own limits). coupled: it mixes a batch's pictures. steps: caches need
     several to act. masked: it changes inpainting. windows: how many context windows it makes of a latent. impossible: ways to
-    sample with which core itself fails. acts: whether it changes the tiny model's pictures.
+    sample with which core itself fails. acts: whether it changes what the tiny model draws with KSampler.
     """
 
     node: Callable | None = None
@@ -35,7 +37,9 @@ class Patch:
         scene = Scene.make(self.batch, steps=self.steps)
         if self.masked:
             mask = torch.linspace(0, 1, 64).reshape(1, 8, 8)
-            scene.latent.update(samples=torch.randn(self.batch, 4, 8, 8, generator=torch.Generator().manual_seed(9)), noise_mask=mask)
+            scene.latent.update(
+                samples=torch.randn(self.batch, 4, 8, 8, generator=torch.Generator().manual_seed(9)), noise_mask=mask
+            )
         return scene
 
 
@@ -44,7 +48,7 @@ def node(name: str, output: int = 0, **inputs) -> Callable:
 
 
 def _with_operation(model):
-    return call("LatentApplyOperationCFG", model=model, operation=call("LatentOperationSharpen")[0])[0]
+    return call("LatentApplyOperationCFG", model=model, operation=call("LatentOperationSharpen", sharpen_radius=2)[0])[0]
 
 
 def _reference_audio(model):
@@ -59,9 +63,19 @@ def _reference_audio(model):
     return call("LTXVReferenceAudio", model=model, reference_audio=audio, audio_vae=AudioVAE(), **prompts)[0]
 
 
+@cache
+def _cascade_sampling():
+    """Core computes 10,000 sigmas one by one: once is enough."""
+    return call("ModelSamplingStableCascade", model=make_tiny_model())[0].object_patches["model_sampling"]
+
+
+def _stable_cascade(model):
+    model = model.clone()
+    model.add_object_patch("model_sampling", _cascade_sampling())
+    return model
+
+
 WINDOWS = dict(context_length=4, context_overlap=2, context_schedule="standard_static", fuse_method="pyramid")
-NO_NEGATIVE = ("BasicGuider",)
-EXTRA = dict(steps=6)
 PATCHES = {
     "APG": Patch(node("APG", eta=0.5, norm_threshold=1.0)),
     "CFGNorm": Patch(node("CFGNorm")),
@@ -70,23 +84,23 @@ PATCHES = {
     "ChromaRadianceOptions": Patch(node("ChromaRadianceOptions", nerf_tile_size=1), acts=False),
     "ContextWindowsManual": Patch(node("ContextWindowsManual", dim=2, **WINDOWS), batch=1, windows=3),
     "DifferentialDiffusion": Patch(node("DifferentialDiffusion", strength=0.5), masked=True),
-    "EasyCache": Patch(node("EasyCache", reuse_threshold=0.5, start_percent=0.1), coupled=True, steps=6),
+    "EasyCache": Patch(node("EasyCache", reuse_threshold=0.5, start_percent=0.1), batch=1, coupled=True, steps=6),
     "Epsilon Scaling": Patch(node("Epsilon Scaling", scaling_factor=1.2)),
     "FreSca": Patch(node("FreSca", scale_high=2.0, freq_cutoff=2)),
     "FreeU": Patch(node("FreeU")),
     "FreeU_V2": Patch(node("FreeU_V2")),
-    "HyperTile": Patch(node("HyperTile", tile_size=32), acts=False),
+    "HyperTile": Patch(node("HyperTile", tile_size=32)),
     "LTXVReferenceAudio": Patch(_reference_audio, acts=False),
     "LatentApplyOperationCFG": Patch(_with_operation),
     "LazyCache": Patch(node("LazyCache", reuse_threshold=0.5, start_percent=0.1), coupled=True, steps=6),
     "Mahiro": Patch(node("Mahiro"), coupled=True),
     "ModelComputeDtype": Patch(node("ModelComputeDtype", dtype="fp32"), acts=False),
     "ModelSamplingContinuousEDM": Patch(node("ModelSamplingContinuousEDM", sampling="eps")),
-    "ModelSamplingDiscrete": Patch(node("ModelSamplingDiscrete", sampling="lcm", zsnr=False)),
-    "ModelSamplingStableCascade": Patch(node("ModelSamplingStableCascade")),
+    "ModelSamplingDiscrete": Patch(node("ModelSamplingDiscrete", sampling="lcm", zsnr=False), acts=False),
+    "ModelSamplingStableCascade": Patch(_stable_cascade),
     "NAGuidance": Patch(node("NAGuidance")),
     "PatchModelAddDownscale": Patch(node("PatchModelAddDownscale", block_number=1)),
-    "PerpNeg": Patch(lambda model: call("PerpNeg", model=model, empty_conditioning=tiny_conditioning(4), neg_scale=0.7)[0]),
+    "PerpNeg": Patch(node("PerpNeg", empty_conditioning=tiny_conditioning(4), neg_scale=0.7), coupled=True),
     "PerturbedAttentionGuidance": Patch(node("PerturbedAttentionGuidance")),
     "RenormCFG": Patch(node("RenormCFG"), batch=1),
     "RescaleCFG": Patch(node("RescaleCFG")),
@@ -95,20 +109,37 @@ PATCHES = {
     "SkipLayerGuidanceDiT": Patch(node("SkipLayerGuidanceDiT", start_percent=0.0, end_percent=1.0), acts=False),
     "SkipLayerGuidanceDiTSimple": Patch(node("SkipLayerGuidanceDiTSimple"), acts=False),
     "TCFG": Patch(node("TCFG")),
-    "TemporalScoreRescaling": Patch(node("TemporalScoreRescaling"), batch=1),
+    "TemporalScoreRescaling": Patch(node("TemporalScoreRescaling", tsr_k=0.5, tsr_sigma=5.0), batch=1),
     "TomePatchModel": Patch(node("TomePatchModel")),
     "VideoLinearCFGGuidance": Patch(node("VideoLinearCFGGuidance")),
     "VideoTriangleCFGGuidance": Patch(node("VideoTriangleCFGGuidance")),
-    "WanContextWindowsManual": Patch(node("WanContextWindowsManual", **{**WINDOWS, "context_length": 13, "context_overlap": 8}), batch=1, windows=3),
+    "WanContextWindowsManual": Patch(
+        node("WanContextWindowsManual", **{**WINDOWS, "context_length": 13, "context_overlap": 8}), batch=1, windows=3
+    ),
 }
+
+
+def case_of(way: str, name: str, **settings) -> Case:
+    """A way to sample with a node of PATCHES, or with `none`; `settings` of the Scene."""
+    spec = PATCHES.get(name, Patch())
+    scene = dataclasses.replace(spec.scene(), **settings)
+    windows = spec.windows if way.startswith("DualCFG") else 1  # elsewhere the hooks see the latent as a whole
+    rows, coupled = frozenset({spec.batch - 1}), spec.coupled or way in COUPLED
+    return Case(way, Prompts.make(spec.batch), scene, spec.apply, rows, coupled, windows)
+
+
 # They make another family of the model: refused, whether they come before or after SafeCFG.
-REFUSED = {
-    "ModelSamplingAuraFlow": {},
-    "ModelSamplingContinuousV": {},
-    "ModelSamplingFlux": {},
-    "ModelSamplingLTXV": {},
-    "ModelSamplingSD3": {},
-}
+REFUSED = [
+    ("ModelSamplingAuraFlow", {}),
+    ("ModelSamplingContinuousEDM", {"sampling": "edm"}),
+    ("ModelSamplingContinuousEDM", {"sampling": "v_prediction"}),
+    ("ModelSamplingContinuousV", {}),
+    ("ModelSamplingDiscrete", {"sampling": "v_prediction"}),
+    ("ModelSamplingDiscrete", {"sampling": "x0"}),
+    ("ModelSamplingFlux", {}),
+    ("ModelSamplingLTXV", {}),
+    ("ModelSamplingSD3", {}),
+]
 # Not for the tiny model. What they hook into is in the matrix with other nodes.
 ELSEWHERE = {
     "AnimaLLLiteApply": "patches Anima's blocks",

@@ -180,18 +180,6 @@ def test_nothing_outlives_a_run(tiny_model, tiny_cond, monkeypatch):
     assert len(runs) == 1 and runs[0]() is None
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_not_finite_is_noticed(tiny_model, tiny_cond, monkeypatch, caplog, strict):
-    KnownRedirection(monkeypatch, value=float("nan"))
-    model = apply_hgr(tiny_model, **ONLY_GUIDANCE, strict=strict)
-    if strict:
-        with pytest.raises(SafeCFGError, match="not finite"):
-            sample(model, tiny_cond(1), tiny_cond(2))
-    else:
-        sample(model, tiny_cond(1), tiny_cond(2))
-        assert any("not finite" in r.message for r in caplog.records)
-
-
 def test_a_hgr_that_another_node_removed_is_noticed(tiny_model, tiny_cond):
     model = apply_hgr(tiny_model, strict=True)
     model.remove_additional_models("safecfg")

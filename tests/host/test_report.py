@@ -100,11 +100,13 @@ def test_a_model_without_safecfg_is_refused(tiny_model, tiny_cond):
             Report.execute(model, latent)
 
 
-def test_values_that_are_not_finite(tiny_model, tiny_cond, monkeypatch):
-    KnownRedirection(monkeypatch, value=float("nan"))
+def test_a_model_that_gives_nan(tiny_model, tiny_cond):
+    tiny_model.set_model_unet_function_wrapper(lambda apply, a: apply(a["input"], a["timestep"], **a["c"]) * float("nan"))
     model = apply_hgr(tiny_model, redirect="guidance")
     picture, text = report(model, run(model, tiny_cond, batch=1))
-    assert json.loads(text)["images"][0]["steps"][0]["turned"] is None and picture.isfinite().all()
+    (image,) = json.loads(text)["images"]
+    assert image["steps"][0]["turned"] is None and picture.isfinite().all()
+    assert image["flagged"] and scores.read(text)[0] is None  # an image gate holds it back
 
 
 def test_a_switched_off_category_does_not_count():

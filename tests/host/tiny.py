@@ -14,12 +14,15 @@ UNET = {
 TEXT_GAIN = 0.5  # how much the prompt matters; chosen so that the guidance is 0.05-0.5 of the latent (test_tiny_model.py)
 
 
-def make_tiny_model(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL (SD15 family, eps prediction, CPU) with random weights; the same seed gives the same weights."""
+def make_tiny_model(seed: int = 0, dtype=torch.float32, compute_dtype=None) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL (SD15 family, eps prediction, CPU) with random weights; the same seed gives the same weights.
+
+    `dtype` is that of the weights; `compute_dtype` is what core casts them to in every layer, None: nothing else.
+    """
     torch.manual_seed(seed)
     config = comfy.supported_models.SD15({k: v for k, v in UNET.items() if k != "dtype"})
-    config.unet_config = dict(UNET)
-    config.set_inference_dtype(torch.float32, None)
+    config.unet_config = {**UNET, "dtype": dtype}
+    config.set_inference_dtype(dtype, compute_dtype)
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=torch.device("cpu"))
     model.eval().requires_grad_(False)
     _initialise(model.diffusion_model)
@@ -31,12 +34,14 @@ def make_tiny_model(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
 def _initialise(unet: torch.nn.Module) -> None:
     """Every layer keeps its input's size; core's zero-initialised layers would make a UNet that ignores its prompt."""
     for name, parameter in unet.named_parameters():
+        value = torch.empty(parameter.shape)  # float32: other dtypes know no random numbers
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            torch.nn.init.normal_(value, std=parameter[0].numel() ** -0.5)
         else:
-            torch.nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+            torch.nn.init.constant_(value, 1.0 if name.endswith("weight") else 0.0)
         if "attn2.to_out" in name:
-            parameter.mul_(TEXT_GAIN)
+            value.mul_(TEXT_GAIN)
+        parameter.copy_(value)
 
 
 def _as_denoiser(sampling):
