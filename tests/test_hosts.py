@@ -16,20 +16,32 @@ MINUTES = 25  # for all files in one host
 
 
 class InnerRun:
-    """One pytest process in a host: its log and its test cases per file."""
+    """One pytest process in a host: its log and its test cases per file. It runs on while others are started."""
 
     def __init__(self, host: Host, files: list[str], folder: Path):
-        report, log = folder / "report.xml", folder / "log.txt"
-        command = [str(host.python), "-m", "pytest", "-c", str(INNER / "pytest.ini"), f"--junitxml={report}"]
+        self.report, self.log_file = folder / "report.xml", folder / "log.txt"
+        command = [str(host.python), "-m", "pytest", "-c", str(INNER / "pytest.ini"), f"--junitxml={self.report}"]
         environment = {**os.environ, "COMFYUI_PATH": str(host.path), "PYTHONDONTWRITEBYTECODE": "1"}
-        with log.open("w", encoding="utf-8") as out:
-            self.returncode = subprocess.run(
+        with self.log_file.open("w", encoding="utf-8") as out:
+            self.process = subprocess.Popen(
                 [*command, *(str(INNER / name) for name in files)],
-                cwd=host.path, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60 * MINUTES,
-            ).returncode  # fmt: skip
-        self.log = log.read_text(encoding="utf-8", errors="replace")
-        cases = ElementTree.parse(report).iter("testcase") if report.is_file() else ()
-        self.cases = [case for case in cases if case.get("file")]
+                cwd=host.path, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            )  # fmt: skip
+        self.cases: list[ElementTree.Element] | None = None
+
+    def finish(self) -> None:
+        """Waits for the process, and reads what it said."""
+        if self.cases is None:
+            self.returncode = self.process.wait(60 * MINUTES)
+            self.log = self.log_file.read_text(encoding="utf-8", errors="replace")
+            cases = ElementTree.parse(self.report).iter("testcase") if self.report.is_file() else ()
+            self.cases = [case for case in cases if case.get("file")]
+
+    def stop(self) -> None:
+        """Ends the process if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
     def of(self, name: str) -> dict[str, tuple[str, str]]:
         """Outcome and text of each test of a file."""
@@ -45,11 +57,28 @@ def outcome(case: ElementTree.Element) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def inner_run(host, request, tmp_path_factory) -> InnerRun:
-    """All selected files in one process per host: starting ComfyUI costs more than most tests."""
+def inner_runs(request, tmp_path_factory):
+    """All selected files in one process per host: starting ComfyUI costs more than most tests. One thread each, side by side."""
     params = [item.callspec.params for item in request.session.items if "inner" in getattr(item, "fixturenames", ())]
-    files = [p["inner"] for p in params if p["host"] == host]
-    return InnerRun(host, files, tmp_path_factory.mktemp("inner"))
+    hosts = {p["host"].name: p["host"] for p in params if p["host"] is not None and p["host"].python.is_file()}
+    files = {name: [p["inner"] for p in params if p["host"] == host] for name, host in hosts.items()}
+    runs = {name: InnerRun(host, files[name], tmp_path_factory.mktemp("inner")) for name, host in hosts.items()}
+    yield runs
+    for run in runs.values():
+        run.stop()
+
+
+@pytest.fixture(scope="session")
+def inner_run(host, inner_runs, request) -> InnerRun:
+    """The finished run in a host."""
+    run = inner_runs[host.name]
+    run.finish()
+    if tally := [line for line in run.log.splitlines() if line.startswith("matrix |")]:
+        report = request.config.pluginmanager.get_plugin("terminalreporter")
+        report.write_line("")
+        for line in tally:
+            report.write_line(f"{host.name} {line}")
+    return run
 
 
 @pytest.mark.parametrize("inner", FILES)

@@ -85,7 +85,7 @@ def test_icon_and_banner():
 
 
 def test_the_release_has_all_that_runs_and_nothing_that_only_develops(repository, release):
-    folders = ("nodes", "hgr_models", "demo", "web", "workflows", "locales", "licenses")
+    folders = ("nodes", "hgr_models", "demo", "web", "workflows", "subgraphs", "locales", "licenses")
     inside = lambda names, *tops: {name for name in names if name.split("/")[0] in tops}  # noqa: E731
     assert inside(repository, *folders) <= set(release)
     files = {name for name in release if "/" not in name}
@@ -95,6 +95,17 @@ def test_the_release_has_all_that_runs_and_nothing_that_only_develops(repository
     assert not inside(release, "tests", "benchmarks", ".github", ".ci")
     for needed in ("demo/weights/unet.safetensors", "hgr_models/weights/demo.safetensors", "hgr_models/data/clean.json"):
         assert needed in release
+
+
+def test_help_pages_show_the_node():
+    """All but those of the nodes that enforcement puts into a prompt, which no one sees; the front end serves what lies in web."""
+    docs, shown = ROOT / "web" / "docs", set()
+    for page in docs.glob("*.md"):
+        found = re.findall(r"!\[[^\]]+\]\((images/[\w.]+)\)", page.read_text(encoding="utf-8"))
+        assert bool(found) == (page.stem not in ("SafeCFG_Enforced", "SafeCFG_Refused")), page
+        shown |= {docs / name for name in found}
+    assert shown == set((docs / "images").iterdir())
+    assert all(picture.stat().st_size < 60_000 and Image.open(picture).format == "JPEG" for picture in shown)
 
 
 def test_the_release_runs_no_other_program_and_no_text(release):
