@@ -140,8 +140,8 @@ class Run:
     settings: ApplySettings
     guider: object = None
     window: Window = Window(-1.0, float("inf"))
-    latent_shapes: tuple = ()  # of the latents that core packed into one (audio and video)
     steps: int = 1  # inside the window
+    latent_shapes: tuple = ()  # of the latents that core packed into one (audio and video)
     probes: int = 0  # evaluations inside the window that came without a negative
     probing: bool = False  # the next redirection is of a direction that a probe gave
     flagged_probe: Lagged = field(default_factory=Lagged)

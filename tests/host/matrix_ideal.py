@@ -109,8 +109,9 @@ class Ideal:
         if base in place:
             start = outs[place[base]]
         else:
+            negative = getattr(self.guider, "_uncond_conds", roles[base])  # DualModelGuider prepares its negative apart
             with torch.random.fork_rng():  # ToMe draws random numbers: this evaluation must not be noticed
-                start = self.real(model, [None, roles[base]], x, sigma, options)[1]
+                start = self.real(model, [None, negative], x, sigma, options)[1]
         safe, chosen = start, torch.tensor([i in self.rows for i in range(len(x))])[:, None, None, None]
         for role in ("middle", "positive"):
             if role in place:

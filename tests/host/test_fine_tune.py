@@ -96,7 +96,7 @@ def test_an_ordinary_lora_that_cores_loaders_apply(demo, hgr):
     after = demo[0].model.state_dict()
     assert all(torch.equal(weights[k], after[k]) for k in weights) and not demo[0].patches and not demo[0].wrappers
     assert not any(p.requires_grad for p in demo[0].model.parameters())
-    assert preview.shape[1] == 2 * 64 and preview.shape[2] in (64, 128, 192) and not torch.equal(*preview[0].chunk(2))
+    assert preview.shape[1] == 2 * 64 and preview.shape[2] in (64, 128, 192, 256) and not torch.equal(*preview[0].chunk(2))
     assert len(losses["loss"]) == 1 and "harmful: weapons" in report and "from their safe target" in report
 
 

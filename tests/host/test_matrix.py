@@ -30,6 +30,9 @@ def test_the_matrix_has_every_node():
 CASES = [(way, name) for way in WAYS for name in ["none", *PATCHES] if name == "none" or name in scan()]
 
 
+NOT_FINITE = {("PerpNegGuider", "EasyCache")}  # on 0.3.64
+
+
 @pytest.mark.parametrize(("way", "name"), CASES)
 def test_case(monkeypatch, caplog, matrix_model, way, name):
     case = case_of(way, name)
@@ -37,6 +40,8 @@ def test_case(monkeypatch, caplog, matrix_model, way, name):
         with pytest.raises(Exception):  # noqa: B017 (core's own, whatever it is)
             case.sample(case.patch(matrix_model))
         return
+    if (way, name) in NOT_FINITE and not case.sample(case.patch(matrix_model)).isfinite().all():
+        pytest.skip("core's own picture is not finite here")
     check(monkeypatch, caplog, matrix_model, case)
 
 
