@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 NO_HOST = "NO COMFYUI HOST FOUND: set COMFYUI_PATH (and COMFYUI_PYTHON) to test inside ComfyUI; everything else was tested"
+TALLY = pytest.StashKey[list[str]]()  # lines that runs inside the hosts want to be seen
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_hosts import NO_HOST, OUTCOMES, Host, count_by_host, describe, find_hosts
+from comfy_hosts import NO_HOST, OUTCOMES, TALLY, Host, count_by_host, describe, find_hosts
 
 # These run inside a host's Python, started by test_hosts.py.
 collect_ignore = ["host"]
@@ -21,6 +21,10 @@ def host(request) -> Host:
     if not found.python.is_file():
         pytest.fail(f"{found.path} has no Python at {found.python}: set COMFYUI_PATH and COMFYUI_PYTHON.")
     return found
+
+
+def pytest_configure(config):
+    config.stash[TALLY] = []
 
 
 def pytest_collection_modifyitems(items):
@@ -50,6 +54,8 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     counts = _counts(config)
+    for line in config.stash[TALLY]:
+        terminalreporter.write_line(line)
     terminalreporter.write_line(describe(counts, bool(HOSTS)), bold=True, yellow=not counts)
     if os.environ.get("REQUIRE_COMFYUI") == "1" and not counts:
         terminalreporter.write_line("REQUIRE_COMFYUI=1, and no host test ran: this run fails.", red=True, bold=True)

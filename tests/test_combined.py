@@ -100,14 +100,15 @@ def test_a_switched_off_hgr_is_as_if_it_were_not_there():
     assert torch.equal(redirect_guidance(both, cond, uncond, x, sigma, settings([0, 0, 1, 0.5], ALWAYS)).cond_denoised, alone)
 
 
-def test_cost_one_more_reading_per_further_hgr(monkeypatch):
+@pytest.mark.parametrize(("offset", "readings"), [(NEVER, 3), (ALWAYS, 3 + 2)])  # on a CPU nothing is corrected without a flag
+def test_cost_one_more_reading_per_further_hgr(monkeypatch, offset, readings):
     hgrs = [small_hgr(seed) for seed in (1, 2, 3)]
     both, counts = CombinedHGR(hgrs, "abc"), []
     for hgr in hgrs:
         read = hgr.guidance.read
         monkeypatch.setattr(hgr.guidance, "read", lambda *args, read=read: (counts.append(1), read(*args))[1])
-    redirect_guidance(both, *latents(), settings([1] * 6, NEVER))
-    assert len(counts) == 3 + 2
+    redirect_guidance(both, *latents(), settings([1] * 6, offset))
+    assert len(counts) == readings
 
 
 def test_each_network_keeps_its_threshold_at_every_noise_level():

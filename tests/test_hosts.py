@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_hosts import Host
+from comfy_hosts import TALLY, Host
 
 INNER = Path(__file__).parent / "host"
 FILES = sorted(p.name for p in INNER.glob("test_*.py"))
@@ -73,11 +73,7 @@ def inner_run(host, inner_runs, request) -> InnerRun:
     """The finished run in a host."""
     run = inner_runs[host.name]
     run.finish()
-    if tally := [line for line in run.log.splitlines() if line.startswith("matrix |")]:
-        report = request.config.pluginmanager.get_plugin("terminalreporter")
-        report.write_line("")
-        for line in tally:
-            report.write_line(f"{host.name} {line}")
+    request.config.stash[TALLY] += [f"{host.name} {line}" for line in run.log.splitlines() if line.startswith("matrix |")]
     return run
 
 
