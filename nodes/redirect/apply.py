@@ -9,7 +9,8 @@ from ... import hgr_models
 from ..concept.concept_rows import encode_prompt
 from ..families import TOKENS, check_family, other_base, read_text
 from ..reporting import audit
-from ..schema import HGR_TYPE, make_input, make_schema
+from ..schema import make_schema
+from .apply_inputs import apply_inputs
 from .runs import KEY, ApplySettings
 from .sampling_hooks import make_hooks, make_wrappers, put_hooks
 
@@ -100,7 +101,7 @@ class Apply(io.ComfyNode):
             description="Makes a model's guidance safe: what the HGR recognises as harmful is turned into the safe version of the "
             "same prompt. Pictures that are not flagged stay identical to the last bit. Put it last before the sampler.",
             search_aliases=["safety", "nsfw filter", "safe guidance", "safe latent diffusion"],
-            inputs=[*_model_inputs(), *_strength_inputs(), *_time_inputs(), *_how_inputs(), _audit_input(), _clip_input()],
+            inputs=apply_inputs(),
             outputs=[io.Model.Output(tooltip="The model with SafeCFG, for any sampler or guider.")],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # two equal nodes have a meter each
@@ -109,7 +110,7 @@ class Apply(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, hgr, strength, threshold_offset, start_percent, end_percent, redirect, categories, strict, remember_flagged,
-        audit_log=audit.OFF, clip=None,
+        audit_log=audit.OFF, clip=None, negative=None,
     ):  # fmt: skip
         if not start_percent < end_percent:
             raise ValueError(f"Expected start_percent below end_percent, but got {start_percent} and {end_percent}.")
@@ -118,127 +119,9 @@ class Apply(io.ComfyNode):
         settings = ApplySettings(
             hgr.info, chosen, redirect, start_percent, end_percent, strict, remember_flagged,
             audit_log, hgr.hash, getattr(cls.hidden, "unique_id", None),
-            _encode_concepts(clip, hgr, strengths) if redirect == "concept" else (),
+            _encode_concepts(clip, hgr, strengths) if redirect == "concept" else (), negative=negative,
         )  # fmt: skip
         safe = apply(model, hgr, settings)
         if (difference := other_base(model, hgr.info)) is not None:
             logger.warning("SafeCFG: %s (%s)", difference, hgr.path)
         return io.NodeOutput(safe)
-
-
-def _model_inputs() -> list:
-    return [
-        make_input(io.Model, "model", tooltip="The model to make safe. LoRAs and other patches come before this node."),
-        make_input(HGR_TYPE, "hgr", tooltip="From SafeCFG Load HGR; it must have been trained for this model's family."),
-    ]
-
-
-def _strength_inputs() -> list:
-    return [
-        make_input(
-            io.Float,
-            "strength",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="0 to 1. How far flagged guidance is turned towards the safe version: 1 all the way, 0 switches SafeCFG off "
-            "(then the pictures are those of the model alone, bit for bit).",
-        ),
-        make_input(
-            io.Float,
-            "threshold_offset",
-            default=0.0,
-            min=-1.0,
-            max=1.0,
-            step=0.01,
-            tooltip="-1 to 1. Added to every calibrated threshold: below 0 flags more (and more clean pictures by mistake), "
-            "above 0 flags less.",
-        ),
-    ]
-
-
-def _time_inputs() -> list:
-    return [
-        make_input(
-            io.Float,
-            "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            advanced=True,
-            tooltip="0 to 1, below end_percent. Where in the sampling schedule SafeCFG begins; the subject of a picture is decided "
-            "early, so a late start lets harm through.",
-        ),
-        make_input(
-            io.Float,
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            advanced=True,
-            tooltip="0 to 1, above start_percent. Where in the sampling schedule SafeCFG ends; after it the prompt acts as it was.",
-        ),
-    ]
-
-
-def _how_inputs() -> list:
-    return [
-        make_input(
-            io.Combo,
-            "redirect",
-            options=["both", "condition", "guidance", "concept"],
-            default="both",
-            tooltip="condition: rewrites a harmful prompt's tokens once per run, at any cfg, at no cost. guidance: looks at the guidance "
-            "in every step, for what the prompt hides. both: the safest. concept: both judge; a flagged picture is steered away from "
-            "its category's concept prompt, which costs a model row per flagged category and step, and needs `clip`.",
-        ),
-        make_input(
-            io.String,
-            "categories",
-            default="",
-            multiline=True,
-            placeholder="sexual = 1, hate = 0.5, violence = off",
-            tooltip="Strength per category, 0 to 1 or on / off: `sexual = 1, hate = 0.5, violence = off`. Categories that are not "
-            "named stay on. Empty: all on. Names are those of the HGR; a wrong one gives an error that lists them.",
-        ),
-        make_input(
-            io.Boolean,
-            "strict",
-            default=False,
-            tooltip="What SafeCFG cannot redirect (a guider without negative, an unknown kind of prompt, latents that are not finite) "
-            "stops the run with an error. Off: a warning in the log.",
-        ),
-        make_input(
-            io.Boolean,
-            "remember_flagged",
-            default=True,
-            advanced=True,
-            tooltip="Once the guidance redirector has flagged a category of a picture, it stays flagged to the end of the run. Off: every step "
-            "is judged alone; a picture near the threshold is then redirected in some steps only.",
-        ),
-    ]
-
-
-def _audit_input():
-    return make_input(
-        io.Combo,
-        "audit_log",
-        options=list(audit.LEVELS),
-        default=audit.OFF,
-        optional=True,
-        advanced=True,
-        tooltip="Appends a line per image to output/safecfg_audit.jsonl: time, seed, HGR, scores per category, redirected or not. "
-        "scores and prompt: the text of the positive prompts too. Whoever can see the output folder can read it.",
-    )
-
-
-def _clip_input():
-    return make_input(
-        io.Clip,
-        "clip",
-        optional=True,
-        tooltip="Optional, for redirect = concept only: the model's own CLIP, which encodes the concept prompts stored in the HGR.",
-    )

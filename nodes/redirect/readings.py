@@ -90,8 +90,8 @@ class Readings:
             self._heat, self._heat_readings = torch.zeros_like(heat), 0
         self._heat, self._heat_readings = self._heat + heat, self._heat_readings + 1
 
-    def finish(self, count: int, seed: int | None = None, hgr_hash: str = "") -> list[ImageTrace]:
-        """The traces of a run's `count` images. Waits for the device once.
+    def finish(self, count: int, seed: int | None = None, hgr_hash: str = "", notices: tuple[str, ...] = ()) -> list[ImageTrace]:
+        """The traces of a run's `count` images. Waits for the device once. `notices`: what could not be redirected.
 
         Two directions of one evaluation (DualCFGGuider) count as one step, with the higher of each reading.
         """
@@ -110,6 +110,7 @@ class Readings:
                 index=i,
                 seed=seed,
                 hgr_hash=hgr_hash,
+                notices=notices,
             )
             for i in range(count)
         ]

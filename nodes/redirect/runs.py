@@ -16,7 +16,8 @@ from ..reporting.meter import Meter
 from .readings import Lagged, Readings
 
 KEY = "safecfg"  # of wrappers, additional models and the run in model_options
-NEGATIVE_ROLES = ("negative", "empty_negative_prompt")  # every other role of a guider's conditions is a prompt to draw
+LENT = f"{KEY}_negative"  # a role of our own: the negative that the node lends a guider without one (lent_negative.py)
+NEGATIVE_ROLES = ("negative", "empty_negative_prompt", LENT)  # every other role of a guider's conditions is a prompt to draw
 PROBES = (0.0, 0.15, 0.4)  # where in a run the guidance redirector looks at a model that core samples without a negative
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class ApplySettings:
     """What a `SafeCFG Apply` node was asked for, and what its HGR is for. Closures hold it: nothing in it belongs to a run.
 
     `concepts`: per category the HGR's encoded concept prompt [tokens, extras], None where it is off; for redirect mode concept.
+    `negative`: the user's CONDITIONING for guiders without a negative.
     """
 
     info: hgr_models.HGRInfo
@@ -45,6 +47,7 @@ class ApplySettings:
     node_id: str | None = None  # of the SafeCFG Apply node that asked, for its meter
     concepts: tuple[list | None, ...] = field(default=(), compare=False, repr=False)
     hgr_name: str = "the HGR"  # its file, for messages
+    negative: list | None = field(default=None, compare=False, repr=False)
 
     @property
     def identity(self) -> tuple:
@@ -191,9 +194,9 @@ class Run:
         self.handled, self.handled_input = True, x
 
     def negative(self, base: str = "negative") -> list[dict] | None:
-        """The guider's own negative (already encoded for the model), for probing."""
+        """The guider's own negative, or the one that it was lent (already encoded for the model), for probing."""
         conds = getattr(self.guider, "conds", {})
-        return conds.get(base) or conds.get("negative") or None
+        return conds.get(base) or conds.get("negative") or conds.get(LENT) or None
 
     def probe_due(self) -> bool:
         """Counts an evaluation without a negative; True at the probes, as long as the last one was flagged, and always where

@@ -11,6 +11,7 @@ from ..families import check_family
 from ..reporting import audit, traces
 from . import conditions, guidance_hooks
 from .finite import check_run
+from .lent_negative import lend_negative
 from .runs import KEY, NEGATIVE_ROLES, ApplySettings, Run, Window, patcher_of, run_of
 
 PRE_CFG, CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
@@ -67,6 +68,7 @@ def make_outer_sample(settings: ApplySettings):
         run.latent_shapes = tuple(kwargs.get("latent_shapes") or ())
         if settings.by_concept:
             concept_mode.start(run, sigmas, kwargs)
+        lend_negative(guider, settings)
         try:
             _notice_missing_negative(run)
             _audit(run, [])
@@ -106,7 +108,7 @@ def _keep_denoised(run: Run, callback):
 def _finish(run: Run, output: torch.Tensor, seed: int | None) -> None:
     """Stores what happened, by every latent that the sampler node may return for this run; tells the log and the front end."""
     settings = run.settings
-    found = run.readings.finish(len(output), seed, settings.hgr_hash)
+    found = run.readings.finish(len(output), seed, settings.hgr_hash, tuple(sorted(run.noticed)))
     latents = [output]
     intermediate_dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: output.dtype)()
     if intermediate_dtype != output.dtype:
@@ -137,7 +139,7 @@ def _notice_missing_negative(run: Run) -> None:
     if run.settings.by_guidance and not any(conds.get(role) for role in NEGATIVE_ROLES):
         run.notice(
             f"{run.guider_name} has no negative prompt, so there is no guidance to look at: the guidance redirector cannot run. "
-            "Use CFGGuider with cfg 1, or set `redirect` to condition."
+            "Connect `negative` to SafeCFG Apply, use CFGGuider with cfg 1, or set `redirect` to condition."
         )
 
 

@@ -12,6 +12,7 @@ from .traces import ImageTrace
 
 WIDTH, LEFT, RIGHT = 920, 50, 590  # pixels: the picture, the plots' left side, the right column
 TOP, CURVES, BARS, HEAT = 92, 220, 90, 190  # where the plots begin; heights of the plots, side of the heat map
+NOTICE = 150  # letters of a notice; the scores have all of it
 DOTS = 60  # steps beyond which a dot per step would be a blot
 
 
@@ -44,6 +45,9 @@ def report(trace: ImageTrace, title: str) -> Tensor:
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, MARGIN), title, INK, font(18))
     draw.text((MARGIN, MARGIN + ROW), _summary(trace), HARM if trace.redirected.any() else FAINT, font(14))
+    if trace.notices:
+        more = f" (and {len(trace.notices) - 1} more)" if len(trace.notices) > 1 else ""
+        draw.text((MARGIN, MARGIN + 2 * ROW - 4), f"not everything: {trace.notices[0][:NOTICE]}{more}", HARM, font(11))
     _curves(draw, trace, Plot(TOP, CURVES, len(trace.sigmas)))
     _bars(draw, trace, Plot(TOP + CURVES + 2 * ROW, BARS, len(trace.sigmas)))
     _prompts(draw, trace)

@@ -49,6 +49,7 @@ class ImageTrace:
     index: int = 0  # of the image in its batch
     seed: int | None = None
     hgr_hash: str = ""
+    notices: tuple[str, ...] = ()  # what could not be redirected in its run, as the log says it
 
     @property
     def prompt_harmfulness(self) -> np.ndarray:
@@ -96,6 +97,7 @@ class ImageTrace:
             "scores": self._named(self.highest),
             "prompt": self._named(self.prompt_harmfulness) if self.prompts else None,
             "guidance": self._named(self.guidance_harmfulness) if len(self.harmfulness) else None,
+            "not_redirected": list(self.notices),
         }
 
     def details(self) -> dict:

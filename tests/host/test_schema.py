@@ -32,7 +32,7 @@ def test_the_order_of_widgets_is_stable():
         "SafeCFG_LoadHGR": ["hgr_name"],
         "SafeCFG_Apply": [
             "model", "hgr", "strength", "threshold_offset", "start_percent", "end_percent", "redirect", "categories", "strict",
-            "remember_flagged", "audit_log", "clip",
+            "remember_flagged", "audit_log", "clip", "negative",
         ],
         "SafeCFG_CombineHGR": ["hgr_1", "hgr_2", "hgr_3", "hgr_4"],
         "SafeCFG_DemoModel": [],
