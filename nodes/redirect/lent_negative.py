@@ -9,15 +9,9 @@ import comfy.sampler_helpers
 from .runs import LENT, NEGATIVE_ROLES, ApplySettings
 
 # What a condition says besides its text, and both directions of a guidance must share: Flux would guide a negative without a
-# `guidance` of its own by another number, and a reference seen by one of them alone would be part of the guidance.
-SHARED = (
-    "guidance",
-    "reference_latents",
-    "reference_latents_method",
-    "concat_latent_image",
-    "concat_mask",
-    "unclip_conditioning",
-)
+# `guidance` of its own by another number, and a reference seen by one of them alone would be part of the guidance. An image
+# prompt (unCLIP) is not among them: it is a prompt, whose harm the guidance must show.
+SHARED = ("guidance", "reference_latents", "reference_latents_method", "concat_latent_image", "concat_mask")
 
 
 def lend_negative(guider, settings: ApplySettings) -> None:

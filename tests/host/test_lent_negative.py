@@ -69,13 +69,15 @@ class Guider:
 
 
 def test_what_both_directions_share_is_shared(tiny_cond):
-    positive = {"cross_attn": torch.zeros(1, 7, 16), "guidance": 3.5, "uuid": "its own"}
+    positive = {"cross_attn": torch.zeros(1, 7, 16), "guidance": 3.5, "unclip_conditioning": [{}], "uuid": "its own"}
     settings = make_settings(make_hgr(), negative=tiny_cond(2))
     guider = Guider(positive=[positive])
     lend_negative(guider, settings)
     (entry,) = guider.conds[LENT]
     assert entry["guidance"] == 3.5 and entry["prompt_type"] == "negative" and entry["uuid"] != "its own"
-    assert torch.equal(entry["cross_attn"], tiny_cond(2)[0][0])
+    assert (
+        torch.equal(entry["cross_attn"], tiny_cond(2)[0][0]) and "unclip_conditioning" not in entry
+    )  # an image prompt is a prompt
 
 
 @pytest.mark.parametrize("has_one", ["negative", "empty_negative_prompt"])
