@@ -22,7 +22,7 @@ OVERRIDE = "optimized_attention_override"  # core's own hook for another attenti
 def normal_weights(module: torch.nn.Module) -> Iterator[None]:
     """Weights that autograd accepts, for a while: a loader node runs in inference mode, and such tensors refuse a backward pass.
 
-    Only those are copied; the module gets its own tensors back.
+    They share the memory of the module's own tensors, which it gets back.
     """
     changed = []
     for part in module.modules():
@@ -30,13 +30,21 @@ def normal_weights(module: torch.nn.Module) -> Iterator[None]:
             for name, value in store.items():
                 if value is not None and value.is_inference():
                     changed.append((store, name, value))
-                    copy = value.detach().clone()
-                    store[name] = torch.nn.Parameter(copy, requires_grad=False) if store is part._parameters else copy
+                    normal = _shared(value)
+                    store[name] = torch.nn.Parameter(normal, requires_grad=False) if store is part._parameters else normal
     try:
         yield
     finally:
         for store, name, value in changed:
             store[name] = value
+
+
+def _shared(value: Tensor) -> Tensor:
+    """An inference tensor's memory as a normal tensor; of a tensor class of its own (quantised weights), a copy."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+        return value.detach().clone()
+    empty = torch.empty(0, dtype=value.dtype, device=value.device)
+    return empty.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
 
 
 @contextmanager
@@ -95,7 +103,7 @@ class FrozenModel:
         self.inner = self.model.model
         self.options = _options(self.model)
         network = self.inner.diffusion_model
-        trained = [p for p in network.parameters() if p.requires_grad]
+        trained = [p for p in network.parameters() if p.requires_grad and not p.is_inference()]
         try:
             self.model.pre_run()
             for p in trained:

@@ -34,9 +34,12 @@ APPLY = {
 
 @pytest.fixture(scope="module")
 def demo():
-    """(MODEL, CLIP) of the demo."""
+    """(MODEL, CLIP) of the demo, its weights as core's loaders make them: inference tensors that require a gradient."""
     with torch.inference_mode():
-        return DemoModel.execute().result[:2]
+        model, clip, _ = DemoModel.execute().result
+        network = model.model.diffusion_model.requires_grad_(True)
+    assert all(p.is_inference() for p in network.parameters())
+    return model, clip
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +74,17 @@ def weights(path):
     return {k: v.clone() for k, v in hgr_models.load_hgr(path).state_dict().items()}
 
 
+def test_a_loader_s_weights_are_shared_and_come_back():
+    with torch.inference_mode():
+        network = torch.nn.Linear(4, 4)
+    own = network.weight
+    x = torch.ones(2, 4, requires_grad=True)
+    with frozen.normal_weights(network):
+        assert network.weight.data_ptr() == own.data_ptr()
+        network(x).square().sum().backward()
+    assert network.weight is own and own.is_inference() and x.grad.abs().sum() > 0
+
+
 def test_an_hgr_for_this_model_appears_and_applies(demo):
     before = {k: v.clone() for k, v in demo[0].model.state_dict().items()}
     hgr, losses, curves, summary = train(demo)
@@ -84,7 +98,7 @@ def test_an_hgr_for_this_model_appears_and_applies(demo):
     Apply.execute(demo[0], hgr, **APPLY)
     after = demo[0].model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before) and not demo[0].wrappers
-    assert not any(p.requires_grad for p in demo[0].model.parameters())
+    assert all(p.requires_grad and p.is_inference() for p in demo[0].model.diffusion_model.parameters())  # as before
 
 
 def test_the_recording_holds_runs_of_every_kind(demo):
