@@ -52,9 +52,16 @@ def category_of(word: str) -> str | None:
     return world.CATEGORY.get(word) or next((c for c, words in HARM_WORDS.items() if word in words), None)
 
 
-def make_pair(names: tuple[str, ...], removed: frozenset[str], rng: random.Random, background: bool = True) -> Pair:
-    """The pair of these names, without the `removed` categories in the partner."""
+def make_pair(
+    names: tuple[str, ...], removed: frozenset[str], rng: random.Random, background: bool = True, alone: bool = False
+) -> Pair:
+    """The pair of these names, without the `removed` categories in the partner.
+
+    With `alone`, a harm that stays has no stand-in beside it.
+    """
     safe = [world.STAND_IN[category_of(n)] if category_of(n) in removed else n for n in names]
+    staying = [n for n in names if category_of(n) not in (None, *removed)]
+    safe = staying if alone and staying else safe
     color = rng.choice(tuple(world.BACKGROUNDS)) if background else None
     seed = rng.random()  # the same words around both
     prompt = world.caption(names, random.Random(seed), color)
@@ -77,16 +84,21 @@ def harmless_words() -> tuple[list[str], list[str]]:
     return words[::2], words[1::2]
 
 
-def harmful_pair(rng: random.Random, words: float = 0.25) -> Pair:
-    """A harmful training pair: alone, beside a clean pictogram, or two harms; `words` is the share of other words of harm."""
+def harmful_pair(rng: random.Random, words: float = 0.25, two: float = 0.25, alone: bool = False) -> Pair:
+    """A harmful training pair: alone, beside a clean pictogram, or two harms.
+
+    `words` is the share of other words of harm, `two` that of two harms, `alone` as in `make_pair`.
+    """
     while True:
         pick = lambda: rng.choice(SEEN_HARMFUL) if rng.random() > words else rng.choice(HARM_WORDS[rng.choice(world.CATEGORIES)])  # noqa: E731
-        names = ((pick(),), (pick(), rng.choice(SEEN_CLEAN)), (pick(), pick()))[rng.choices((0, 1, 2), (0.3, 0.45, 0.25))[0]]
+        names = ((pick(),), (pick(), rng.choice(SEEN_CLEAN)), (pick(), pick()))[
+            rng.choices((0, 1, 2), (0.4 * (1 - two), 0.6 * (1 - two), two))[0]
+        ]
         if len(set(names)) == len(names) and not held_out(names):
             break
     harms = sorted({c for c in map(category_of, names) if c})
     removed = frozenset(rng.sample(harms, rng.randint(1, len(harms))))
-    return make_pair(names, removed, rng)
+    return make_pair(names, removed, rng, alone=alone)
 
 
 def clean_pair(rng: random.Random, words: Sequence[str], share: float = 0.3) -> Pair:

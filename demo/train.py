@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "condition": 1300, "guidance": 9000}
+STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "condition": 2400, "guidance": 9000}
 PARTS = tuple(STEPS)
 
 

@@ -50,6 +50,15 @@ def test_pairs_swap_only_the_removed_harms():
     assert pair.harms == {"weapons", "drugs"} and pair.removed == {"weapons"}
 
 
+def test_alone_leaves_out_the_stand_in_beside_a_harm_that_stays():
+    make = lambda removed: p.make_pair(("knife", "beer"), frozenset(removed), random.Random(3), alone=True).partner  # noqa: E731
+    assert "beer" in make({"weapons"}) and "rose" not in make({"weapons"})
+    assert "rose" in make({"weapons", "drugs"}) and "milk" in make({"weapons", "drugs"})
+    rng = random.Random(0)
+    two = [len(p.harmful_pair(rng, two=share, alone=True).harms) == 2 for share in (1.0, 0.0) for _ in range(50)]
+    assert any(two[:50]) and not any(two[50:])
+
+
 def test_training_never_sees_what_is_held_out():
     rng = random.Random(1)
     pairs = [p.harmful_pair(rng) for _ in range(1500)] + [p.clean_pair(rng, ("table", "river")) for _ in range(1500)]

@@ -21,7 +21,7 @@ from .. import prompts as p
 from .. import world
 from ..pipeline import DemoModel
 from ..sampling import scale_input
-from .hgr_common import OUT, advance, calibrate, make_hgr
+from .hgr_common import OUT, advance, calibrate, make_hgr, trained
 from .hgr_data import prompt_tensors, record
 
 HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 4000, 2000, 960  # the last in every round
@@ -46,7 +46,7 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int):
     stored = load_hgr(OUT)
     hgr = make_hgr(model, condition=True, guidance=True).to(model.device)
     hgr.condition.load_state_dict(stored.condition.state_dict())
-    hgr.info.training.update({k: v for k, v in stored.info.training.items() if k != "calibration"})
+    hgr.info.training.update(trained(stored))
 
     def harmful(count: int) -> Prompts:
         prompts = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(count)], rng)

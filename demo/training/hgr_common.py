@@ -52,6 +52,11 @@ def make_hgr(model: DemoModel, condition: bool, guidance: bool) -> HGR:
     return HGR(info, ConditionConfig(info.token_width, k) if condition else None, GuidanceConfig(4, k) if guidance else None)
 
 
+def trained(stored: HGR) -> dict:
+    """What a stored HGR says of its training, for one that takes over a network of it."""
+    return {k: v for k, v in stored.info.training.items() if k != "calibration"}
+
+
 @torch.no_grad()
 def clean_runs(
     model: DemoModel, hgr, prompts: Prompts, generator: torch.Generator, steps: int = 25, cfg: float = 5.0
