@@ -52,6 +52,7 @@ FLUX = {
     "vae": "vae/ae.safetensors",
 }
 RANDOM_VALUES = 2**22
+GAIN = 0.4  # of a layer. With 1, what a network as deep as SDXL's makes of a prompt is chaos, and its gradients mean nothing
 
 Weights = dict[str, Tensor]
 
@@ -125,7 +126,7 @@ def _shapes(family: str) -> tuple[Weights, Weights, Weights]:
 
 
 def _random_weights(shapes: Weights) -> Weights:
-    """fp16; every layer keeps about the size of its input. What is no weight (positions) core makes itself."""
+    """fp16; a layer gives about GAIN times the size of its input. What is no weight (positions) core makes itself."""
     values = torch.randn(RANDOM_VALUES, generator=torch.Generator().manual_seed(0))
     return {k: _random(k, t, values) for k, t in shapes.items() if t.is_floating_point()}
 
@@ -134,7 +135,7 @@ def _random(name: str, like: Tensor, values: Tensor) -> Tensor:
     """Weights of the shape of `like` from random values, which repeat in a large one."""
     if like.ndim < 2:
         return torch.full(like.shape, float(name.endswith("weight")), dtype=torch.float16)
-    size = (like[0].numel() ** -0.5) * values.half()
+    size = (GAIN * like[0].numel() ** -0.5) * values.half()
     return size.repeat(-(-like.numel() // len(size)))[: like.numel()].view(like.shape).clone()
 
 

@@ -1,5 +1,6 @@
 """The templates for real checkpoints with full-size ones of random weights, loaded by core's loaders: train an HGR, then draw.
 
+Flux gets an HGR that was not trained.
 Stable Diffusion 1.5 on the newest host by default; `FULL_SIZE=sd15,sdxl,flux` takes the others, too, on every host (up to
 20 GiB of memory and minutes each), and `FULL_SIZE=none` leaves all out.
 """
@@ -7,15 +8,18 @@ Stable Diffusion 1.5 on the newest host by default; `FULL_SIZE=sd15,sdxl,flux` t
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks.random_checkpoints import FLUX
+from benchmarks.random_checkpoints import CHECKPOINTS
 from comfy_server import Server
-from hgr_models import load_hgr
+from hgr_models import HGR, HGRInfo, load_hgr, save_hgr
+from hgr_models.condition import ConditionConfig
 from workflow_format import to_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +27,7 @@ WANTED = os.environ.get("FULL_SIZE", "")
 DRAW = {"sd15": "safe_checkpoint", "sdxl": "safe_sdxl", "flux": "safe_flux"}
 WIDTHS = {"sd15": ("SD15", 768, 768), "sdxl": ("SDXL", 2048, 1280), "flux": ("Flux", 4096, 768)}
 FEW = {
-    "harmful_runs": 3, "clean_runs": 2, "calibration_runs": 2, "run_steps": 2, "batch": 1, "condition_steps": 2, "guidance_steps": 2,
+    "harmful_runs": 3, "clean_runs": 1, "calibration_runs": 1, "run_steps": 2, "batch": 1, "condition_steps": 2, "guidance_steps": 2,
     "size": "small", "sizes": "64x64", "pairs_per_category": 1, "clean_prompts": 4, "width": 64, "height": 64,
     "steps": 2,
 }  # fmt: skip
@@ -65,33 +69,31 @@ def inputs_of(prompt: dict, kind: str) -> dict:
     return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
 
 
-def on_the_family(prompt: dict, family: str) -> dict:
-    """The training template changed as the family's own template says."""
-    training, loader = inputs_of(prompt, "SafeCFG_TrainHGR"), inputs_of(prompt, "CheckpointLoaderSimple")
-    training["name"] = f"{family}_hgr"
-    if family == "sdxl":
-        loader["ckpt_name"] = "sd_xl_base_1.0.safetensors"
-    if family == "flux":
-        training |= {"train": "condition", "cfg_min": 1.0, "cfg_max": 1.0}
-        (number,) = [key for key, node in prompt.items() if node["inputs"] is loader]
-        name = lambda part: Path(FLUX[part]).name  # noqa: E731
-        del prompt[number]
-        prompt["model"] = {"class_type": "UNETLoader", "inputs": {"unet_name": name("model"), "weight_dtype": "default"}}
-        encoders = {"clip_name1": name("clip_l"), "clip_name2": name("t5xxl"), "type": "flux"}
-        prompt["text"] = {"class_type": "DualCLIPLoader", "inputs": encoders}
-        prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": name("vae")}}
-        for node in prompt.values():
-            for key, value in node["inputs"].items():
-                if isinstance(value, list) and value[0] == number:
-                    node["inputs"][key] = [("model", "text", "vae")[value[1]], 0]
-                if key == "cfg":
-                    node["inputs"][key] = 1.0
-    return prompt
+def train(server, family: str) -> None:
+    """An HGR by the training template, with the loader's file and the name that the family's own template says."""
+    prompt = prompt_of(server, "train_hgr_checkpoint")
+    inputs_of(prompt, "SafeCFG_TrainHGR")["name"] = f"{family}_hgr"
+    inputs_of(prompt, "CheckpointLoaderSimple")["ckpt_name"] = Path(CHECKPOINTS[family]).name
+    server.post_prompt(prompt)
 
 
-def test_train_an_hgr_then_draw_with_it(full_size_server, family):
+def untrained(server, family: str) -> None:
+    """An HGR of random weights: training one for Flux on a CPU takes its T5 an hour."""
+    latents, width, pooled = WIDTHS[family]
+    info = HGRInfo(
+        categories=("violence",), condition_thresholds=(0.5,), guidance_levels=(), guidance_thresholds=((0.5,),),
+        latent_format=latents, latent_channels=16, latent_dimensions=2, prediction="FLOW", token_width=width, pooled_width=pooled,
+    )  # fmt: skip
+    hgr = HGR(info, ConditionConfig(width, 1, pooled_width=pooled), None)
+    torch.nn.init.normal_(hgr.condition.token_out.weight)
+    path = server.base / "models" / "hgr" / f"{family}_hgr.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_hgr(path, hgr)
+
+
+def test_an_hgr_draws_with_a_full_size_model(full_size_server, family):
     server = full_size_server
-    server.post_prompt(on_the_family(prompt_of(server, "train_hgr_checkpoint"), family))
+    (train if family in CHECKPOINTS else untrained)(server, family)
     info = load_hgr(server.base / "models" / "hgr" / f"{family}_hgr.safetensors").info
     assert (info.latent_format, info.token_width, info.pooled_width) == WIDTHS[family]
 
@@ -108,3 +110,45 @@ def test_train_an_hgr_then_draw_with_it(full_size_server, family):
     plain = draw(threshold_offset=-1.0, strength=0.0)
     assert plain.std() > 0 and not np.array_equal(flagged, plain)
     assert np.array_equal(draw(threshold_offset=1.0, strength=1.0), plain)  # nothing is
+    if family == "sd15":
+        everything_is_harmful(server)
+        a_lora_changes_the_picture(server)
+        detection_judges(server)
+
+
+def everything_is_harmful(server) -> None:
+    """The trained HGR with thresholds of 0, as all_harmful.safetensors."""
+    folder = server.base / "models" / "hgr"
+    hgr = load_hgr(folder / "sd15_hgr.safetensors")
+    k, levels = len(hgr.info.categories), len(hgr.info.guidance_thresholds)
+    none = (0.0,) * k
+    hgr.info = replace(
+        hgr.info, condition_thresholds=none, guidance_thresholds=(none,) * levels, picture_thresholds=none, training={}
+    )
+    save_hgr(folder / "all_harmful.safetensors", hgr)
+
+
+def with_checkpoint(server, template: str) -> dict:
+    """A template of the demo model with the checkpoint instead, and the HGR to which everything is harmful."""
+    prompt = prompt_of(server, template)
+    for node in prompt.values():
+        if node["class_type"] == "SafeCFG_DemoModel":
+            node |= {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": Path(CHECKPOINTS["sd15"]).name}}
+    inputs_of(prompt, "SafeCFG_LoadHGR")["hgr_name"] = "all_harmful.safetensors"
+    return prompt
+
+
+def a_lora_changes_the_picture(server) -> None:
+    prompt = with_checkpoint(server, "safe_lora")
+    inputs_of(prompt, "SafeCFG_FineTuneSafeLoRA").update(text="a knife\na dog", runs=2)
+    entry = server.post_prompt(prompt)
+    base, tuned = (server.files(entry, key)[0] for key in ("12", "15"))
+    assert not np.array_equal(np.asarray(Image.open(base)), np.asarray(Image.open(tuned)))
+
+
+def detection_judges(server) -> None:
+    prompt = with_checkpoint(server, "detect_harm")
+    entry = server.post_prompt(prompt)
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == "PreviewAny"]
+    assert "violence" in str(entry["outputs"][key])
+    assert all(server.files(entry, key) for key, node in prompt.items() if node["class_type"] == "SafeCFG_DetectHarm")
