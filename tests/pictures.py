@@ -66,12 +66,17 @@ FEWER = """few => {
 }"""
 
 
+def runs(nodes: list[dict]) -> bool:
+    """Whether a template needs nothing but the pack."""
+    return any(node["type"] == "SafeCFG_DemoModel" for node in nodes)
+
+
 def stand_ins(base: Path) -> None:
     """Empty files under the names that templates for real checkpoints use."""
-    for path in TEMPLATES.values():
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            names = [v for v in node.get("widgets_values") or [] if isinstance(v, str) and v.endswith(".safetensors")]
-            for name in names if node["type"] in LOADERS else []:
+    graphs = [json.loads(path.read_text(encoding="utf-8"))["nodes"] for path in TEMPLATES.values()]
+    for node in (node for nodes in graphs if not runs(nodes) for node in nodes):
+        for name in node.get("widgets_values") or [] if node["type"] in LOADERS else []:
+            if str(name).endswith(".safetensors"):
                 file = base / "models" / LOADERS[node["type"]] / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.touch()
@@ -106,7 +111,7 @@ def template(server: Server, page, name: str) -> None:
     page.set_viewport_size({"width": 1600, "height": 1000})
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.wait_for_function("wanted => app.graph._nodes.length === wanted", arg=len(workflow["nodes"]))
-    if any(node["type"] == "SafeCFG_DemoModel" for node in workflow["nodes"]):
+    if runs(workflow["nodes"]):
         page.evaluate(FEWER, FEW)
         page.evaluate("() => app.queuePrompt(0, 1)")
         time.sleep(2)
@@ -141,7 +146,7 @@ def main() -> None:
             page.wait_for_function(READY)
             page.wait_for_load_state("networkidle")
             page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
-            page.add_style_tag(content="[class*=hamburger] { display: none !important }")
+            page.add_style_tag(content=".no-drag.fixed { display: none !important }")  # the menu button of focus mode
             for name in args.only:
                 template(server, page, name) if name in TEMPLATES else node(page, name)
         finally:
