@@ -43,35 +43,47 @@ class Cost:
 
 
 def estimate(session, record_only: bool = False) -> Cost:
-    """The cost of a session that has looked at its facts; evaluates the model twice to know its speed."""
+    """The cost of a session that has looked at its facts; encodes and evaluates twice to know how fast that is."""
     plan: TrainPlan = session.plan
     shape = (4, 16, 16)
-    row = 0.0
+    row = text = 0.0
     if session.model is not None:
+        text = _seconds_per_text(session)
         shape = tuple(empty_latent(session.model, plan.runs, max(plan.runs.sizes, key=math.prod), 1).shape[1:])
         row = _seconds_per_row(session)
     step = _seconds_per_guidance_step(session, shape) if plan.by_guidance and not record_only else 0.0
-    parts = _seconds(plan, session, row, step)
+    parts = _seconds(plan, session, text, row, step)
     if record_only:
         parts = {name: seconds for name, seconds in parts.items() if name in ("prompts", "recording")}
     return Cost(parts, _bytes_on_disk(plan, session, shape), _bytes_of_training(session))
 
 
-def _seconds(plan: TrainPlan, session, row: float, step: float) -> dict[str, float]:
-    parts = {}
+def _seconds(plan: TrainPlan, session, text: float, row: float, step: float) -> dict[str, float]:
+    """Per part, from the seconds of a text, of a model row, and of a step of the guidance redirector."""
+    parts, points = {}, plan.runs.steps + LOOKS
     if session.model is not None:
         texts = len(session.prompts.pairs) + len(session.prompts.clean)
-        runs = plan.first_runs * (plan.runs.steps + LOOKS) * 3
+        recording = plan.first_runs * (3 * points * row + 2 * text)  # a run has its prompt and the partner
         if plan.by_guidance:
-            runs += plan.clean_runs * (plan.runs.steps + LOOKS) * 2 + plan.calibration_runs * CALIBRATION_STEPS * 2
-        parts = {"prompts": 0.02 * texts, "recording": runs * row}
+            recording += plan.clean_runs * (2 * points * row + text)
+            recording += plan.calibration_runs * (2 * CALIBRATION_STEPS * row + text)
+        parts = {"prompts": texts * text, "recording": recording}
     if plan.by_condition:
         parts["condition"] = plan.condition_steps * (plan.runs.batch * row * BACKWARD[plan.checkpointing] + 0.1)
     if plan.by_guidance:
         parts["guidance"] = plan.guidance_steps * step
         if session.model is not None:
-            parts["recording on-policy"] = plan.policy_runs * (plan.runs.steps + LOOKS) * 3 * row
+            parts["recording on-policy"] = plan.policy_runs * (3 * points * row + 2 * text)
     return {**parts, "calibration": 5.0}
+
+
+def _seconds_per_text(session) -> float:
+    """One prompt through the text encoders; the first, which loads them, does not count."""
+    for _ in range(2):
+        started = time.monotonic()
+        session.encode([session.prompts.clean[0]])
+        seconds = time.monotonic() - started
+    return seconds
 
 
 def _seconds_per_row(session) -> float:

@@ -1,6 +1,7 @@
 """`SafeCFG Train HGR` and `SafeCFG Record Guidance` on the demo model: what they make, leave alone, and take up again."""
 
 import pathlib
+from types import SimpleNamespace
 
 import comfy.model_management as mm
 import comfy.utils
@@ -222,6 +223,24 @@ def test_recorded_here_trained_without_a_model(demo):
 def test_bad_input_is_one_clear_error(demo, changes, message):
     with pytest.raises(hgr_models.HGRError, match=message):
         train(demo, **changes)
+
+
+def test_slow_text_encoders_are_part_of_the_estimate(demo, monkeypatch, caplog):
+    clock, texts = [0.0], iter((100.0, 600.0))  # the first one loads the encoders
+
+    def encode(_):
+        clock[0] += next(texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.estimate.time, "monotonic", lambda: clock[0])
+        slow = session.estimate._seconds_per_text(SimpleNamespace(encode=encode, prompts=prompt_set()))
+    assert slow == 600.0
+    monkeypatch.setattr(session.estimate, "_seconds_per_text", lambda _: slow)
+    with caplog.at_level("INFO"):
+        train(demo, train="condition")
+    (said,) = [message for message in caplog.messages if "takes about" in message]
+    hours = float(said.split("takes about ")[1].split(" h")[0])
+    assert 4.1 < hours < 4.4  # 13 of the 15 prompts, the others being reserved, and 6 runs of 2 texts
 
 
 def test_a_full_disk_is_seen_before_anything_is_recorded(demo, monkeypatch):
