@@ -46,7 +46,7 @@ def train(steps: int, device: str, seed: int) -> None:
     training.finish()
     if stored is not None and stored.guidance is not None and stored.info.base == hgr.info.base:
         hgr.guidance = stored.guidance.to(device)
-        hgr.info.training.update(trained(stored))
+        hgr.info.training.update(trained(stored, "guidance"))
     hgr.info = calibrate(model, hgr, seed)
     hgr.info.training.update(condition_steps=steps, condition_seed=seed)
     save_hgr(OUT, hgr.cpu())

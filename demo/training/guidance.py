@@ -46,7 +46,7 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int):
     stored = load_hgr(OUT)
     hgr = make_hgr(model, condition=True, guidance=True).to(model.device)
     hgr.condition.load_state_dict(stored.condition.state_dict())
-    hgr.info.training.update(trained(stored))
+    hgr.info.training.update(trained(stored, "condition"))
 
     def harmful(count: int) -> Prompts:
         prompts = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(count)], rng)

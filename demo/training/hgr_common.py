@@ -27,7 +27,7 @@ from .hgr_data import BATCH, prompt_tensors
 
 OUT = WEIGHTS.parents[1] / "hgr_models" / "weights" / "demo.safetensors"
 CALIBRATION_PROMPTS, CALIBRATION_RUNS = 4000, 800
-FALSE_POSITIVE_RATE = 0.006  # per picture, both networks and all categories together
+FALSE_POSITIVE_RATE = 0.003  # per picture, both networks and all categories together
 PICTURE_RATE = 0.008  # of finished pictures that are looked at
 LEVELS = (-3.5, -1.0, 1.5)  # of -2 ln sigma: sigma 5.8, 1.6, 0.47
 
@@ -52,9 +52,9 @@ def make_hgr(model: DemoModel, condition: bool, guidance: bool) -> HGR:
     return HGR(info, ConditionConfig(info.token_width, k) if condition else None, GuidanceConfig(4, k) if guidance else None)
 
 
-def trained(stored: HGR) -> dict:
-    """What a stored HGR says of its training, for one that takes over a network of it."""
-    return {k: v for k, v in stored.info.training.items() if k != "calibration"}
+def trained(stored: HGR, network: str) -> dict:
+    """What a stored HGR says of the training of its `network` (condition, guidance), for one that takes it over."""
+    return {k: v for k, v in stored.info.training.items() if k.startswith(f"{network}_")}
 
 
 @torch.no_grad()
