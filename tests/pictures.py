@@ -117,6 +117,9 @@ def template(server: Server, page, name: str) -> None:
         time.sleep(2)
         while any(server.get("/queue").values()):
             time.sleep(0.5)
+        (run,) = server.get("/history?max_items=1").values()
+        if run["status"]["status_str"] != "success":
+            raise SystemExit(f"error: {name} did not run: {run['status']['messages'][-1]}")
         page.wait_for_timeout(2000)
     save(shot(page, None, WIDTH), TEMPLATES[name].with_suffix(".jpg"))
 
@@ -148,7 +151,10 @@ def main() -> None:
             page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
             page.add_style_tag(content=".no-drag.fixed { display: none !important }")  # the menu button of focus mode
             for name in args.only:
-                template(server, page, name) if name in TEMPLATES else node(page, name)
+                if name in TEMPLATES:
+                    template(server, page, name)
+                else:
+                    node(page, name)
         finally:
             server.stop()
 

@@ -1,8 +1,7 @@
 """The templates for real checkpoints with full-size ones of random weights, loaded by core's loaders: train an HGR, then draw.
 
-Flux gets an HGR that was not trained.
-Stable Diffusion 1.5 on the newest host by default; `FULL_SIZE=sd15,sdxl,flux` takes the others, too, on every host (up to
-20 GiB of memory and minutes each), and `FULL_SIZE=none` leaves all out.
+Flux gets an HGR that was not trained. Stable Diffusion 1.5 on the newest host by default; `FULL_SIZE=sd15,sdxl,flux` takes the others, too, on every host (SDXL's
+denoiser alone has 9.6 GiB on a CPU; minutes each), and `FULL_SIZE=none` leaves all out.
 """
 
 import json
@@ -78,7 +77,7 @@ def train(server, family: str) -> None:
 
 
 def untrained(server, family: str) -> None:
-    """An HGR of random weights: training one for Flux on a CPU takes its T5 an hour."""
+    """An HGR of random weights: training one for Flux on two cores was not done after seven minutes: its T5 is slow there."""
     latents, width, pooled = WIDTHS[family]
     info = HGRInfo(
         categories=("violence",), condition_thresholds=(0.5,), guidance_levels=(), guidance_thresholds=((0.5,),),
