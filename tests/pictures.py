@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from playwright.sync_api import sync_playwright
 
 from comfy_hosts import find_hosts
 from comfy_server import Server
+from front_end import ARGUMENTS, NO_BROWSER, find_chromium, open_front_end
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
@@ -36,7 +36,6 @@ LOADERS = {  # where a loader's files lie
     "SafeCFG_LoadHGR": "hgr",
 }  # fmt: skip
 FEW = {"harmful_runs": 24, "clean_runs": 16, "calibration_runs": 16, "condition_steps": 60, "guidance_steps": 60, "steps": 20}
-READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types['SafeCFG_Apply']"
 # The box around all groups and nodes, or around one kind of node, titles included: [x, y, width, height].
 BOX = """kind => {
   const nodes = app.graph._nodes.filter((node) => !kind || node.type === kind);
@@ -135,19 +134,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*TEMPLATES, *nodes], default=[*TEMPLATES, *nodes], metavar="NAME")
     args = parser.parse_args()
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if (program := find_chromium()) is None:
+        raise SystemExit(f"error: {NO_BROWSER}")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         server = Server(find_hosts(os.environ, Path.home())[0], Path(folder))
         try:
             stand_ins(Path(folder))
             (Path(folder) / "user/default/comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
             server.wait_until_ready()
-            browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+            browser = driver.chromium.launch(executable_path=program, args=ARGUMENTS)
             page = browser.new_page()
-            page.set_default_timeout(180_000)
-            page.goto(server.url)
-            page.wait_for_function(READY)
-            page.wait_for_load_state("networkidle")
+            open_front_end(page, server.url)
             page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
             page.add_style_tag(content=".no-drag.fixed { display: none !important }")  # the menu button of focus mode
             for name in args.only:

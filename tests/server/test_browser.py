@@ -5,9 +5,7 @@ Needs Chromium (CHROMIUM, or in PATH) and the package `playwright` in the tests'
 """
 
 import json
-import os
 import re
-import shutil
 import time
 import urllib.request
 from pathlib import Path
@@ -16,20 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from front_end import ARGUMENTS, NO_BROWSER, find_chromium, open_front_end
 from workflow_format import to_prompt
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-NO_BROWSER = (
-    "NO BROWSER FOUND: Chromium (or CHROMIUM=its path) and `pip install playwright` in .venv are needed to test the front end"
-)
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]  # fmt: skip
-WAIT = 180_000  # milliseconds; slow CI machines
-READY = "() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types['SafeCFG_Apply']"
 MADE = "async () => (await app.graphToPrompt()).output"
 EXECUTE = "id => app.extensionManager.command.execute(id)"
 # Every state of the meter, as [status, colour and width of the first bar].
@@ -87,7 +76,7 @@ def drop_everything(server) -> None:
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason=NO_BROWSER)
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
+    program = find_chromium()
     if program is None:
         pytest.skip(NO_BROWSER)
     with playwright.sync_playwright() as driver:
@@ -106,12 +95,9 @@ def problems() -> list[str]:
 def page(server, browser, problems):
     """The front end of a host, ready; one page for every test."""
     page = browser.new_page(viewport={"width": 1500, "height": 950})
-    page.set_default_timeout(WAIT)
     page.on("pageerror", lambda error: problems.append(f"{error}\n{error.stack}"))
     page.on("console", lambda said: said.type == "error" and problems.append(f"{said.text} {said.location['url']}"))
-    page.goto(server.url)
-    page.wait_for_function(READY)
-    page.wait_for_load_state("networkidle")
+    open_front_end(page, server.url)
     yield page
     drop_everything(server)
     page.close()

@@ -1,7 +1,7 @@
 """The templates for real checkpoints with full-size ones of random weights, loaded by core's loaders: train an HGR, then draw.
 
-Flux gets an HGR that was not trained. Stable Diffusion 1.5 on the newest host by default; `FULL_SIZE=sd15,sdxl,flux` takes the others, too, on every host (SDXL's
-denoiser alone has 9.6 GiB on a CPU; minutes each), and `FULL_SIZE=none` leaves all out.
+Flux gets an HGR that was not trained. Stable Diffusion 1.5 on the newest host by default; `FULL_SIZE=sd15,sdxl,flux` takes the
+others, too, on every host (SDXL's denoiser alone has 9.6 GiB on a CPU; minutes each), and `FULL_SIZE=none` leaves all out.
 """
 
 import json
