@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgr_models.detection import Detection, Looks, See, Seen
+from hgr_models.detection import Detection, Looks, See, Seen, prompt_scores
 from hgr_models.detection import detect as detect_in_latents
 
 from . import world
@@ -50,8 +50,9 @@ def detect(model: DemoModel, hgr, latents: Tensor, tokens: Tensor | None = None,
     parts = []
     for start in range(0, len(latents), BATCH):
         rows = slice(start, start + BATCH)
-        look = see(model, latents[rows], None if tokens is None else tokens[rows])
-        parts.append(detect_in_latents(hgr.guidance, look, latents[rows].shape, looks))
+        texts = None if tokens is None else tokens[rows]
+        prompts = None if texts is None or hgr.condition is None else prompt_scores(hgr, texts)
+        parts.append(detect_in_latents(hgr.guidance, see(model, latents[rows], texts), latents[rows].shape, looks, prompts))
     return Detection.cat(parts)
 
 

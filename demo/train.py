@@ -21,11 +21,13 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--resume", action="store_true", help="diffusion: go on from the stored weights, with a learning rate of its own"
+        "--resume",
+        action="store_true",
+        help="diffusion and guidance: go on from the stored weights, with a learning rate of its own",
     )
     args = parser.parse_args(line)
-    if args.resume and args.part != "diffusion":
-        parser.error(f"expected --resume with the part diffusion, but got it with {args.part}")
+    if args.resume and args.part not in ("diffusion", "guidance"):
+        parser.error(f"expected --resume with the part diffusion or guidance, but got it with {args.part}")
     if args.steps is not None and (args.steps < 1 or args.part == "all"):
         parser.error("expected --steps of at least 1 and of a single part")
     return args

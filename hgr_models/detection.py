@@ -4,10 +4,11 @@ A picture is noised to a few levels, and the model says what it makes of each. E
 in log odds; the views are then compared, and the most alarming one counts:
 
     alone         q of the picture, with no direction at all (g = 0)
-    with prompt   b of the direction, and q of the picture beside it
+    with prompt   b of the direction, q of the picture beside it, and p of the prompt itself
 
-A caption can hide what a picture shows, so it may only add to the alarm. `detect` is the one statistic that thresholds are
-calibrated on, that the nodes report and that the benchmark measures.
+p knows words, so it also knows harm that no picture in training showed. A caption can hide what a picture shows, so it may
+only add to the alarm. `detect` is the one statistic that thresholds are calibrated on, that the nodes report and that the
+benchmark measures.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,9 +73,10 @@ class Detection:
 
 
 @torch.no_grad()
-def detect(network, see: See, shape: Sequence[int], looks: Looks = Looks()) -> Detection:
+def detect(network, see: See, shape: Sequence[int], looks: Looks = Looks(), prompts: Tensor | None = None) -> Detection:
     """What a guidance redirector finds in latents of `shape` (B, C, *spatial), on its device; the same answer every time.
 
+    `prompts` is the harmfulness (B, K) of the pictures' prompts (`prompt_scores`); it counts for a picture, not for a place.
     All pictures get the same noise, so that none depends on its place in the batch. Raises HGRError when what the model or
     the network gave is not finite.
     """
@@ -96,7 +98,10 @@ def detect(network, see: See, shape: Sequence[int], looks: Looks = Looks()) -> D
         torch.stack([torch.stack([look[i] for look in view]).clamp(-CERTAIN, CERTAIN).mean(dim=0) for view in views.values()])
         for i in (0, 1)
     )
-    return Detection(logits.amax(dim=0).sigmoid(), places.amax(dim=0).sigmoid())
+    logits = logits.amax(dim=0)
+    if prompts is not None:
+        logits = torch.maximum(logits, torch.logit(prompts.to(logits)).clamp(-CERTAIN, CERTAIN))
+    return Detection(logits.sigmoid(), places.amax(dim=0).sigmoid())
 
 
 def _check_finite(finite: Tensor) -> None:

@@ -7,6 +7,9 @@ from torch.testing import assert_close
 
 from demo import detection
 from helpers import small_hgr
+from hgr_models.detection import prompt_scores
+
+WIDTH = 16  # of the tokens
 
 
 class Flat:
@@ -15,14 +18,14 @@ class Flat:
     device = torch.device("cpu")
 
     def encode(self, prompts):
-        return torch.zeros(len(prompts), 16, 128)
+        return torch.zeros(len(prompts), 16, WIDTH)
 
     def denoised(self, x, sigma, tokens):
         return 0.5 * x + tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
 
 def test_the_demo_noises_and_evaluates_as_the_sampler_does():
-    latents, tokens, noise = torch.randn(2, 4, 4, 4), torch.ones(2, 32, 128), torch.randn(2, 4, 4, 4)
+    latents, tokens, noise = torch.randn(2, 4, 4, 4), torch.ones(2, 32, WIDTH), torch.randn(2, 4, 4, 4)
     seen = detection.see(Flat(), latents, tokens)(0.65, noise)
     sigma = seen.sigma[0]
     assert 0.9 < sigma < 1.2
@@ -35,11 +38,21 @@ def test_the_demo_noises_and_evaluates_as_the_sampler_does():
 
 def test_the_demo_detects_in_batches(monkeypatch):
     monkeypatch.setattr(detection, "BATCH", 2)
-    hgr, latents, tokens = small_hgr(), torch.randn(5, 4, 4, 4), torch.randn(5, 16, 128)
+    hgr, latents, tokens = small_hgr(), torch.randn(5, 4, 4, 4), torch.randn(5, 16, WIDTH)
     found = detection.detect(Flat(), hgr, latents, tokens)
     alone = detection.detect(Flat(), hgr, latents[3:4], tokens[3:4])
     assert found.scores.shape == (5, 2)
     assert_close(found.scores[3], alone.scores[0])
+
+
+def test_the_demo_reads_the_prompt_too(monkeypatch):
+    monkeypatch.setattr(detection, "BATCH", 2)
+    hgr, latents, tokens = small_hgr(), torch.randn(5, 4, 4, 4), 3 * torch.randn(5, 16, WIDTH)
+    found, prompts = detection.detect(Flat(), hgr, latents, tokens).scores, prompt_scores(hgr, tokens)
+    hgr.condition = None
+    seen = detection.detect(Flat(), hgr, latents, tokens).scores
+    assert (seen < prompts - 0.1).any()
+    assert_close(found, torch.maximum(seen, prompts))
 
 
 def test_scenes_are_where_they_say():

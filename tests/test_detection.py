@@ -11,6 +11,7 @@ from hgr_models import HGR, HGRError, load_hgr, save_hgr
 from hgr_models.calibration import calibrated_on_pictures, upper_bound
 from hgr_models.condition import ConditionConfig
 from hgr_models.detection import (
+    CERTAIN,
     LEVELS,
     Detection,
     Looks,
@@ -89,6 +90,14 @@ def test_a_caption_never_lessens_the_alarm():
     both = lambda level, noise: see(level, latents + noise, cond=torch.randn(SHAPE))  # noqa: E731
     alone = lambda level, noise: see(level, latents + noise)  # noqa: E731
     assert (detect(network, both, SHAPE).scores >= detect(network, alone, SHAPE).scores).all()
+
+
+def test_the_prompt_itself_counts_for_the_picture_and_for_no_place():
+    network, prompts = Network(alone=(1.0, -2.0), direction=(-5.0, -5.0)), torch.tensor([[0.1, 0.9], [1.0, 0.0]])
+    found = detect(network, prompted, SHAPE, prompts=prompts)
+    expected = torch.tensor([[1.0, torch.logit(prompts[0, 1])], [CERTAIN, -2.0]])
+    assert_close(found.scores, expected.sigmoid())
+    assert torch.equal(found.places, detect(network, prompted, SHAPE).places)
 
 
 def test_a_prompt_equal_to_the_negative_is_no_direction():

@@ -26,20 +26,25 @@ from .hgr_data import prompt_tensors, record
 
 HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 4000, 2000, 960  # the last in every round
 ROUNDS = (0.25, 0.45, 0.65, 0.8)  # of the steps: where runs that follow the redirector so far are added
+RESUMED_ROUNDS, RESUMED_RATE = (0.0, 0.35, 0.65), 1e-3  # of a training that goes on: its redirector has something to follow
 DISGUISED = 0.3  # of the harmful prompts
 
 
-def train(steps: int, device: str, seed: int) -> None:
-    """Writes the shipped HGR: the stored condition redirector and this network, with thresholds for both."""
+def train(steps: int, device: str, seed: int, resume: bool = False) -> None:
+    """Writes the shipped HGR: the stored condition redirector and this network, with thresholds for both.
+
+    With `resume` the stored guidance redirector goes on learning, from runs that are recorded anew: give another seed.
+    """
     model = DemoModel.load(device)
     with tempfile.TemporaryDirectory() as name:
-        hgr = train_in(Path(name), model, steps, seed)
+        hgr = train_in(Path(name), model, steps, seed, resume)
+    before = hgr.info.training.get("guidance_steps", 0)
     hgr.info = calibrate(model, hgr, seed)
-    hgr.info.training.update(guidance_steps=steps, guidance_seed=seed)
+    hgr.info.training.update(guidance_steps=before + steps, guidance_seed=seed)
     save_hgr(OUT, hgr.cpu())
 
 
-def train_in(folder: Path, model: DemoModel, steps: int, seed: int):
+def train_in(folder: Path, model: DemoModel, steps: int, seed: int, resume: bool = False):
     """Records into `folder` and trains; the HGR with both networks, not calibrated."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the network's first weights
@@ -47,6 +52,9 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int):
     hgr = make_hgr(model, condition=True, guidance=True).to(model.device)
     hgr.condition.load_state_dict(stored.condition.state_dict())
     hgr.info.training.update(trained(stored, "condition"))
+    if resume:
+        hgr.guidance.load_state_dict(stored.guidance.state_dict())
+        hgr.info.training.update(trained(stored, "guidance"))
 
     def harmful(count: int) -> Prompts:
         prompts = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(count)], rng)
@@ -57,8 +65,8 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int):
     alternately = lambda i: ("prompt", "partner")[i % 2]  # noqa: E731
     record(model, harmful(HARMFUL_RUNS), HARMFUL, alternately, None, generator, folder, "harmful runs")
     record(model, clean, CLEAN, lambda i: "prompt", None, generator, folder, "clean runs")
-    training = GuidanceTraining(hgr, steps, seed)
-    for i, part in enumerate((*ROUNDS, 1.0)):
+    training = GuidanceTraining(hgr, steps, seed, RESUMED_RATE) if resume else GuidanceTraining(hgr, steps, seed)
+    for i, part in enumerate((*(RESUMED_ROUNDS if resume else ROUNDS), 1.0)):
         recording = Recording.open(folder)
         advance("guidance redirector", training, round(part * steps), lambda: training.train_step(recording))  # noqa: B023
         if part < 1.0:

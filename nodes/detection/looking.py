@@ -37,11 +37,31 @@ def detect_prompts(hgr, conditioning: list) -> torch.Tensor:
     if not conditioning:
         raise ValueError("Expected at least one prompt, but the conditioning is empty. Connect CLIP Text Encode.")
     comfy.model_management.load_models_gpu([hgr.patcher])
-    return torch.cat([_judge(hgr, index, *entry) for index, entry in enumerate(conditioning, start=1)])
+    return torch.cat([_judge(hgr, index, entry) for index, entry in enumerate(conditioning, start=1)])
 
 
-def _judge(hgr, index: int, tokens, extra: dict) -> torch.Tensor:
-    text, problems = read_text({**extra, **({} if tokens is None else {TOKENS: tokens})}, hgr.info)
+def _prompts_of(hgr, positive: list | None, count: int) -> torch.Tensor | None:
+    """Harmfulness (count, K) of the prompts of `count` pictures, rows repeated as core does; None where none can be judged.
+
+    The worst of several entries counts. A prompt without text that can be read (image prompts) is left to the other views.
+    """
+    if hgr.patcher.model.condition is None:
+        return None
+    readable = [entry for entry in positive or () if _text_of(hgr, entry)[0] is not None]
+    if not readable:
+        return None
+    comfy.model_management.load_models_gpu([hgr.patcher])
+    rows = [comfy.utils.repeat_to_batch_size(_judge(hgr, i, entry), count) for i, entry in enumerate(readable, start=1)]
+    return torch.stack(rows).amax(dim=0)
+
+
+def _text_of(hgr, entry):
+    tokens, extra = entry
+    return read_text({**extra, **({} if tokens is None else {TOKENS: tokens})}, hgr.info)
+
+
+def _judge(hgr, index: int, entry) -> torch.Tensor:
+    text, problems = _text_of(hgr, entry)
     if text is None:
         raise ValueError(
             f"Prompt {index} has no text that this HGR can judge ({', '.join(problems) or 'no tokens'}). Connect a prompt from CLIP Text "
@@ -61,8 +81,8 @@ def _judge(hgr, index: int, tokens, extra: dict) -> torch.Tensor:
 class Looking(comfy.samplers.Sampler):
     """A sampler for core's guiders that looks at the latents instead of sampling; `found` is the Detection."""
 
-    def __init__(self, patcher, looks: Looks):
-        self.patcher, self.looks, self.found = patcher, looks, None
+    def __init__(self, patcher, looks: Looks, prompts: Tensor | None):
+        self.patcher, self.looks, self.prompts, self.found = patcher, looks, prompts, None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         model, conds, device = model_wrap.inner_model, model_wrap.conds, self.patcher.load_device
@@ -77,7 +97,7 @@ class Looking(comfy.samplers.Sampler):
             x_in = model.model_sampling.calculate_input(sigma, x)
             return Seen(*(t.to(device) for t in (x_in, sigma, *denoised)))
 
-        self.found = detect(self.patcher.model.guidance, see, tuple(latent_image.shape), self.looks)
+        self.found = detect(self.patcher.model.guidance, see, tuple(latent_image.shape), self.looks, self.prompts)
         return latent_image
 
 
@@ -100,7 +120,7 @@ def look(model, hgr, latents: Tensor, negative: list, positive: list | None = No
     guider = comfy.samplers.CFGGuider(bare)
     guider.inner_set_conds({"negative": negative, **({} if positive is None else {"positive": positive})})
     levels = [float(model.get_model_object("model_sampling").percent_to_sigma(part)) for part in looks.levels]
-    sampler = Looking(hgr.patcher, looks)
+    sampler = Looking(hgr.patcher, looks, _prompts_of(hgr, positive, len(latents)))
     guider.sample(torch.zeros_like(latents), latents, sampler, torch.tensor([*levels, 0.0]), disable_pbar=True, seed=looks.seed)
     return Detection(sampler.found.scores.cpu(), sampler.found.places.cpu())
 

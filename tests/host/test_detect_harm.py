@@ -44,7 +44,7 @@ def test_defaults_are_the_schemas():
 def test_the_model_sees_core_s_noised_latents(tiny_model, tiny_cond, latents, monkeypatch):
     seen, noise = {}, torch.randn(latents.shape)
 
-    def fake(network, see, shape, looks):
+    def fake(network, see, shape, looks, prompts):
         seen["now"], seen["shape"] = see(0.65, noise), shape
         return Detection(torch.zeros(2, 2), torch.zeros(2, 2, 4, 4))
 
@@ -107,11 +107,32 @@ def test_a_prompt_of_another_time_does_not_act(tiny_model, tiny_cond, latents):
     never = node_helpers.conditioning_set_values(tiny_cond(2), {"start_percent": 0.0, "end_percent": 0.1})
     late = node_helpers.conditioning_set_values(tiny_cond(2), {"start_percent": 0.7, "end_percent": 1.0})
     hgr = make_hgr()
+    hgr.patcher.model.condition = None  # which reads words, whenever they act
     alone, always = (look(tiny_model, hgr, latents, tiny_cond(1), p).scores for p in (None, tiny_cond(2)))
     assert torch.equal(look(tiny_model, hgr, latents, tiny_cond(1), never).scores, alone)
     assert not torch.equal(look(tiny_model, hgr, latents, tiny_cond(1), late).scores, always)
     with pytest.raises(ValueError, match="negative prompt does not act at every noise level"):
         look(tiny_model, hgr, latents, never, tiny_cond(2))
+
+
+def test_the_prompts_own_harmfulness_counts(tiny_model, tiny_cond, latents):
+    """Per picture as core repeats the rows of a batch of prompts; the worst of combined prompts; what has no text adds nothing."""
+    hgr, three = make_hgr(), latents[[0, 1, 0]]
+    batch = [[torch.cat([tiny_cond(2)[0][0], tiny_cond(3)[0][0]]), {}]]
+    apart, other = looking.detect_prompts(hgr, batch), looking.detect_prompts(hgr, tiny_cond(4))
+    assert not torch.equal(apart[0], apart[1])
+    expected = {"batch": apart[[0, 1, 0]], "both": torch.maximum(apart[[0, 1, 0]], other), "no text": torch.zeros(3, 2)}
+    wordless = [[None, {"unclip_conditioning": []}]]
+    prompts = {"batch": batch, "both": [*batch, *tiny_cond(4)], "no text": None}
+    assert looking._prompts_of(hgr, wordless, 3) is None
+    torch.testing.assert_close(looking._prompts_of(hgr, [*wordless, *batch], 3), expected["batch"])
+    for name, positive in prompts.items():
+        found = look(tiny_model, hgr, three, tiny_cond(1), positive).scores
+        only = hgr.patcher.model.condition
+        hgr.patcher.model.condition = None
+        seen = look(tiny_model, hgr, three, tiny_cond(1), positive).scores
+        hgr.patcher.model.condition = only
+        torch.testing.assert_close(found, torch.maximum(seen, expected[name]), atol=1e-5, rtol=0)
 
 
 def test_outputs(tiny_model, tiny_cond, pictures):
