@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import start_at_zero
+
 
 @dataclass(frozen=True)
 class ConditionConfig:
@@ -97,8 +99,7 @@ class ConditionRedirector(nn.Module):
         self.pooled_out = ops.Linear(c.width, c.pooled_width) if c.pooled_width else None
         for head in (self.token_out, self.erase, self.pooled_out):
             if head is not None:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+                start_at_zero(head)
 
     def measure(self, tokens: Tensor, pooled: Tensor | None = None) -> None:
         """Sets the units from a sample of tokens (N, T, D) and pooled (N, P)."""

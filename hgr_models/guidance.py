@@ -10,11 +10,14 @@ DESIGN.md's reading of arXiv 2412.16039; see `redirection.py` for the gate. Cost
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .heads import start_at_zero
 
 GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
 FRAMES = 4
@@ -61,7 +64,7 @@ class Context(nn.Module):
     def forward(self, x: Tensor, frames: int) -> Tensor:
         video = x.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, C, frames, h, w)
         size = [min(n, m) for n, m in zip(video.shape[2:], (FRAMES, GRID, GRID), strict=True)]
-        pooled = self.norm_pooled(F.adaptive_avg_pool3d(video, size).flatten(2).transpose(1, 2))  # (B, M, C)
+        pooled = self.norm_pooled(_averaged(video, size).flatten(2).transpose(1, 2))  # (B, M, C)
         places = video.flatten(2).transpose(1, 2)  # (B, N, C)
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
         k, v = self.kv(pooled).chunk(2, dim=-1)
@@ -103,8 +106,7 @@ class GuidanceRedirector(nn.Module):
         self.residual = ops.Conv2d(c.width, 4 * c.latent_channels, 3, padding=1)
         self.attenuation = ops.Linear(c.width, 1)
         for head in (self.residual, self.attenuation):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            start_at_zero(head)
 
     def _embedding(self, log_snr: Tensor, log_norm: Tensor) -> Tensor:
         """Sinusoids of both scalars (B,) at 16 frequencies, through a small network: (B, embedding)."""
@@ -154,6 +156,25 @@ class GuidanceRedirector(nn.Module):
         if self.config.dimensions == 3:
             r = r.unflatten(0, (-1, frames)).transpose(1, 2)
         return a, r
+
+
+def _averaged(video: Tensor, size: list[int]) -> Tensor:
+    """(B, C, frames, h, w) averaged to `size` places per axis; where a device has no kernel for that (Apple's), axis by axis."""
+    if video.device.type in ("cpu", "cuda"):
+        return F.adaptive_avg_pool3d(video, size)
+    return averaged_by_axis(video, size)
+
+
+def averaged_by_axis(video: Tensor, size: Sequence[int]) -> Tensor:
+    """`adaptive_avg_pool3d` as matrix products, which every device has."""
+    for axis, places in enumerate(size, start=2):
+        length = video.shape[axis]
+        weights = torch.zeros(length, places)
+        for i in range(places):
+            start, end = i * length // places, -(-(i + 1) * length // places)
+            weights[start:end, i] = 1 / (end - start)
+        video = (video.transpose(axis, -1) @ weights.to(video)).transpose(axis, -1)
+    return video
 
 
 def _pool(places: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, redirect_guidance
-from hgr_models.guidance import _pool
+from hgr_models.guidance import _pool, averaged_by_axis
 
 ALL = CategorySettings((1.0, 1.0), -1.0)
 
@@ -56,3 +56,10 @@ def test_the_correction_depends_on_the_category_weights():
     reading = network.read(*inputs, torch.zeros(1), torch.zeros(1))
     one, both = (network.correct(reading, torch.tensor([w]))[1] for w in ([1.0, 0.0], [1.0, 1.0]))
     assert (one - both).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("length", [(1, 4, 4), (1, 9, 17), (6, 32, 20)])
+def test_averaging_axis_by_axis_is_torch_s(length):
+    video = torch.randn(2, 3, *length)
+    size = [min(n, m) for n, m in zip(length, (4, 8, 8), strict=True)]
+    assert_close(averaged_by_axis(video, size), torch.nn.functional.adaptive_avg_pool3d(video, size))
