@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -29,6 +29,19 @@ class HGRModel:
     info: hgr_models.HGRInfo
     path: str
     hash: str
+    elsewhere: dict = field(default_factory=dict)  # the same on other devices, by device
+
+    def on(self, device) -> "HGRModel":
+        """This HGR for a model on `device`: itself, or a copy there, which all models of that device share.
+
+        Core computes a model on its own device (Select Model Device), and waits for that device alone.
+        """
+        if device == self.patcher.load_device:
+            return self
+        if device not in self.elsewhere:
+            load, arguments = self.patcher.cached_patcher_init
+            self.elsewhere[device] = replace(self, patcher=load(*arguments, device=device), elsewhere={})
+        return self.elsewhere[device]
 
 
 _loaded: WeakValueDictionary[str, HGRModel] = WeakValueDictionary()  # by file hash; alive as long as a graph uses it
@@ -48,23 +61,26 @@ def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.mode
     return patcher(module, **devices)
 
 
-def frozen_patcher(networks, disable_dynamic: bool, again: tuple) -> comfy.model_patcher.ModelPatcher:
-    """A patcher for networks in which nothing learns; `again`: what core calls, and with what, for a copy on another GPU."""
+def frozen_patcher(networks, disable_dynamic: bool, device, again: tuple) -> comfy.model_patcher.ModelPatcher:
+    """A patcher for networks in which nothing learns, on `device` (None: where core computes).
+
+    `again`: what core calls, and with what, for a copy on another GPU.
+    """
     networks.eval().requires_grad_(False)
     patcher = core_patcher(
         networks,
         disable_dynamic,
-        load_device=comfy.model_management.get_torch_device(),
+        load_device=comfy.model_management.get_torch_device() if device is None else device,
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.cached_patcher_init = again
     return patcher
 
 
-def load_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def load_patcher(path: str, disable_dynamic: bool = False, device=None) -> comfy.model_patcher.ModelPatcher:
     """The networks of a file in a patcher of their own."""
     hgr = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast)
-    return frozen_patcher(hgr, disable_dynamic, (load_patcher, (path,)))
+    return frozen_patcher(hgr, disable_dynamic, device, (load_patcher, (path,)))
 
 
 def load_hgr_model(path: str) -> HGRModel:

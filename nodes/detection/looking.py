@@ -109,6 +109,7 @@ def look(model, hgr, latents: Tensor, negative: list, positive: list | None = No
     HGR of another family, or one without a guidance redirector.
     """
     check_family(model, hgr.info)
+    hgr = hgr.on(model.load_device)
     if hgr.patcher.model.guidance is None:
         raise hgr_models.HGRError(
             f"Detecting harm in pictures needs a guidance redirector, but {hgr.path} has none. "

@@ -49,7 +49,7 @@ def apply(model, hgr, settings: ApplySettings):
     if remove(model):
         logger.warning("SafeCFG: this model went through SafeCFG Apply before; only the last one (%s) counts.", hgr.path)
     if any(settings.categories.strengths):
-        install(model, hgr.patcher, settings)
+        install(model, hgr.on(model.load_device).patcher, settings)
     return model
 
 

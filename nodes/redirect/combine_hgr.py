@@ -26,14 +26,14 @@ class CombinedHGRModel(HGRModel):
 _combined: WeakValueDictionary[str, CombinedHGRModel] = WeakValueDictionary()  # by hash; alive as long as a graph uses it
 
 
-def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False):
+def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False, device=None):
     """The networks of several files in one patcher; core calls it again for a copy on another GPU.
 
     The files are read again: networks that a single HGR's patcher moves between devices cannot have a second owner.
     """
     hgrs = [hgr_models.load_hgr(file, ops=comfy.ops.manual_cast) for file in files]
     hgr = CombinedHGR(hgrs, [Path(file).stem for file in files])
-    return frozen_patcher(hgr, disable_dynamic, (load_combined_patcher, (files,)))
+    return frozen_patcher(hgr, disable_dynamic, device, (load_combined_patcher, (files,)))
 
 
 def combine(hgrs: Sequence[HGRModel]) -> CombinedHGRModel:
@@ -50,7 +50,7 @@ def combine(hgrs: Sequence[HGRModel]) -> CombinedHGRModel:
     if (found := _combined.get(digest)) is None:
         patcher = load_combined_patcher(files)
         names = " + ".join(files)
-        found = _combined[digest] = CombinedHGRModel(patcher, patcher.model.info, names, digest, files)
+        found = _combined[digest] = CombinedHGRModel(patcher, patcher.model.info, names, digest, files=files)
     return found
 
 

@@ -1,6 +1,5 @@
 """`SafeCFG Check HGR`: what an HGR does on this very model, and thresholds that fit it."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ... import hgr_models
-from ...hgr_models.calibration import calibrated
+from ...hgr_models.calibration import calibrated, calibrated_on_pictures
 from ..families import check_family
 from ..loader import FOLDER, load_hgr_model
 from ..schema import HGR_TYPE, PROMPTS_TYPE, make_input, make_schema
@@ -26,30 +25,35 @@ from .widgets import latent_input, number, run_inputs, run_settings
 
 def look(model, clip, hgr, prompts, settings, counts: tuple[int, int]) -> checking.Found:
     """Runs and looks at harmful and clean prompts that were held out, as many runs as `counts` says."""
-    network, device = hgr.patcher.model, model.load_device
+    hgr, device = hgr.on(model.load_device), model.load_device
+    network = hgr.patcher.model
     pairs = prompts.held_out_pairs or prompts.pairs
     jobs = plan_jobs(settings, HARMFUL, pairs, counts[0], FOLLOW[:1], looks=0)
     jobs += plan_jobs(settings, CALIBRATION, clean_pairs(prompts.held_out_clean), counts[1], FOLLOW[:1], looks=0)
     found, bar = checking.Found(prompts.categories), comfy.utils.ProgressBar(len(jobs))
     frozen = FrozenModel(model, encode_batch(clip, [""])[0][1])
     for job in jobs:
-        points, rows = record_job(model, clip, prompts, job, settings, None, None)
+        points, rows, pictures = record_job(model, clip, prompts, job, settings, None, None)
         comfy.model_management.load_models_gpu([hgr.patcher, model])
         if job.kind == HARMFUL:
             with frozen.loaded((len(rows), *points.x.shape[1:]), False):
                 checking.look_at_harmful(found, network, frozen, points, rows, device)
         else:
-            checking.look_at_clean(found, network, points, rows, device)
+            checking.look_at_clean(found, network, points, rows, pictures, device)
         bar.update(1)
     return found
 
 
 def recalibrated(hgr, found: checking.Found, rate: float) -> hgr_models.HGR:
     """A copy of the networks on the CPU with thresholds that fit the clean runs that were found."""
-    network = copy.deepcopy(hgr.patcher.model).cpu()
+    loaded = hgr.patcher.model
+    network = hgr_models.HGR(hgr.info, *(None if part is None else part.config for part in (loaded.condition, loaded.guidance)))
+    network.load_state_dict({name: value.detach().cpu() for name, value in loaded.state_dict().items()})
+    network.eval().requires_grad_(False)
     p = torch.stack(found.clean_readings) if found.clean_readings else None
     b = torch.stack(found.clean_maxima) if found.clean_maxima else None
-    network.calibrate(calibrated(network, p, b, rate))
+    info = calibrated(network, p, b, rate)
+    network.calibrate(calibrated_on_pictures(info, torch.stack(found.clean_pictures), rate) if found.clean_pictures else info)
     return network
 
 

@@ -1,7 +1,7 @@
 """The user's model as a frozen function that carries gradients from its prediction back to a prompt's tokens."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ... import hgr_models
 from ...hgr_models.recording import Points, Prompts
 from ..families import MASK, POOLED, TOKENS
 
@@ -30,7 +31,7 @@ def normal_weights(module: torch.nn.Module) -> Iterator[None]:
     for part in module.modules():
         for store in (part._parameters, part._buffers):
             for name, value in store.items():
-                if value is not None and value.is_inference():
+                if value is not None and _untracked(value):
                     changed.append((store, name, value))
                     normal = _shared(value)
                     store[name] = torch.nn.Parameter(normal, requires_grad=False) if store is part._parameters else normal
@@ -39,6 +40,15 @@ def normal_weights(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for store, name, value in changed:
             store[name] = value
+
+
+def _untracked(value: Tensor) -> bool:
+    """Whether autograd refuses a tensor: of inference mode, or with one of its halves from there, as after a move to a device."""
+    try:
+        value._version  # noqa: B018 (it raises)
+    except RuntimeError:
+        return True
+    return value.is_inference()
 
 
 def _shared(value: Tensor) -> Tensor:
@@ -82,12 +92,26 @@ def differentiable_attention(_, *args, **kwargs) -> Tensor:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
+def _is_dynamic(model) -> bool:
+    return getattr(model, "is_dynamic", bool)()
+
+
+def check_can_freeze(model) -> None:
+    """Raises HGRError for a MODEL whose weights core cannot load whole beside its dynamic VRAM."""
+    if _is_dynamic(model) and model.cached_patcher_init is None:
+        raise hgr_models.HGRError(
+            "Gradients need all of the model's weights at once, but its loader does not tell ComfyUI how to load them again. Load the "
+            "model with ComfyUI's own loaders (Load Checkpoint, Load Diffusion Model), or start ComfyUI with --disable-dynamic-vram."
+        )
+
+
 class FrozenModel:
     """A MODEL, fully loaded, in which nothing learns; use it inside `loaded`."""
 
     def __init__(self, model, template: dict):
         """`template`: the keys of a condition beside tokens, pooled and mask, such as Flux's guidance."""
-        self.model = model.clone(disable_dynamic=True) if getattr(model, "is_dynamic", bool)() else model.clone()
+        check_can_freeze(model)
+        self.model = model.clone(disable_dynamic=True) if _is_dynamic(model) else model.clone()
         self.template = {k: _normal(v) for k, v in template.items() if k not in (TOKENS, POOLED, MASK)}
         self.options: dict = {}
         self.inner = None
@@ -95,7 +119,8 @@ class FrozenModel:
     @property
     def half(self) -> bool:
         """Whether the model computes in fp16, whose gradients need a scaled loss."""
-        return self.model.model_dtype() == torch.float16
+        computes = self.model.get_model_object("manual_cast_dtype")  # None: in the weights' own type
+        return (self.model.model_dtype() if computes is None else computes) == torch.float16
 
     @contextmanager
     def loaded(self, shape: tuple[int, ...], checkpointing: bool) -> Iterator["FrozenModel"]:
@@ -105,7 +130,7 @@ class FrozenModel:
         self.inner = self.model.model
         self.options = _options(self.model)
         network = self.inner.diffusion_model
-        trained = [p for p in network.parameters() if p.requires_grad and not p.is_inference()]
+        trained = [p for p in network.parameters() if p.requires_grad and not _untracked(p)]
         try:
             self.model.pre_run()
             for p in trained:
@@ -133,7 +158,14 @@ class FrozenModel:
         device = self.model.load_device
         x, sigma = points.x.to(device), points.sigma.to(device)
         encoded = comfy.samplers.process_conds(self.inner, x, conds, device, torch.zeros_like(x))
-        return comfy.samplers.calc_cond_batch(self.inner, [encoded["positive"]], x, sigma, self.options)[0]
+        with _current(device):
+            return comfy.samplers.calc_cond_batch(self.inner, [encoded["positive"]], x, sigma, self.options)[0]
+
+
+def _current(device: torch.device):
+    """Core's context in which kernels run on a device that is not the first GPU; hosts without it have only one."""
+    context = getattr(comfy.model_management, "cuda_device_context", None)
+    return nullcontext() if context is None else context(device)
 
 
 def _normal(value):

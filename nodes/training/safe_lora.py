@@ -22,7 +22,7 @@ from ...hgr_models.train_lora import Change, LoraTraining
 from ..families import TOKENS, base_of_model, check_family, family_of_model, read_text
 from .bare import without_safecfg
 from .estimate import BACKWARD, Cost
-from .frozen import FrozenModel
+from .frozen import FrozenModel, check_can_freeze
 from .lora_report import draw_curves
 from .plan import make_folder
 from .progress import Progress
@@ -65,9 +65,9 @@ class LoraSession:
 
     def __init__(self, plan: LoraPlan, folder: Path, say: Callable[[str], None], model, clip, hgr, prompts, pictures=()):
         check_family(model, hgr.info)
-        self.plan, self.folder, self.say, self.clip, self.hgr = plan, folder, say, clip, hgr
+        self.plan, self.folder, self.say, self.clip, self.hgr = plan, folder, say, clip, hgr.on(model.load_device)
         self.model = without_safecfg(model)
-        self.model.set_additional_models("safecfg_lora", [hgr.patcher])  # core loads it beside the model
+        self.model.set_additional_models("safecfg_lora", [self.hgr.patcher])  # core loads it beside the model
         self.prompts, self.pictures = prompts or tuple(dict.fromkeys(text for _, text in pictures if text)), pictures
         if not self.prompts:
             raise hgr_models.HGRError(
@@ -82,6 +82,7 @@ class LoraSession:
     def prepare(self) -> None:
         """Looks at what is there, the prompts and the disk, and says what it will take. Raises HGRError when something is wrong."""
         make_folder(self.folder)
+        check_can_freeze(self.model)
         conditioning, _ = encode(self.clip, ())
         tokens, self.template = conditioning[0]
         read_text({**self.template, TOKENS: tokens}, self.hgr.info)  # raises for the widths of another family

@@ -4,15 +4,18 @@ import json
 import os
 from pathlib import Path
 
+import comfy.model_management
 import comfy.ops
 import folder_paths
 import pytest
+import torch
 from safecfg import hgr_models
 from safecfg.hgr_models import HGRError
 from safecfg.nodes import loader
 from safecfg.nodes.loader import LoadHGR, load_hgr_model
+from safecfg.nodes.redirect.runs import KEY
 
-from fakes import make_hgr
+from fakes import apply_hgr, make_hgr
 
 
 @pytest.fixture
@@ -28,6 +31,54 @@ def folder():
 def save(path, **options):
     hgr_models.save_hgr(path, make_hgr(**options).patcher.model)
     return path
+
+
+def test_layers_without_weights_until_they_are_loaded(folder):
+    """Newer hosts make such layers on Windows."""
+    path = save(folder / "mine.safetensors")
+    usual = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast).state_dict()
+    made = []
+
+    class Late(comfy.ops.manual_cast.Linear):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append((self.weight, self.bias))
+            self.weight = self.bias = None
+
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            for name in ("weight", "bias"):
+                setattr(self, name, torch.nn.Parameter(state_dict[prefix + name], requires_grad=False))
+
+    ops = type("Ops", (comfy.ops.manual_cast,), {"Linear": Late})
+    late = hgr_models.load_hgr(path, ops=ops).state_dict()
+    assert made and late.keys() == usual.keys() and all(torch.equal(late[key], usual[key]) for key in usual)
+
+
+def test_the_host_s_own_layers_on_windows(folder, monkeypatch):
+    if not hasattr(comfy.ops.disable_weight_init, "_lazy_load_from_state_dict"):
+        pytest.skip("this host's layers always have weights")
+    monkeypatch.setattr(comfy.model_management, "WINDOWS", True)
+    monkeypatch.setattr("comfy.memory_management.aimdo_enabled", True)
+    path = save(folder / "mine.safetensors")
+    loaded = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast).state_dict()
+    monkeypatch.undo()
+    usual = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast).state_dict()
+    assert loaded.keys() == usual.keys() and all(torch.equal(loaded[key], usual[key]) for key in usual)
+
+
+def test_a_model_on_another_device_gets_the_hgr_there(folder, tiny_model):
+    hgr = load_hgr_model(str(save(folder / "mine.safetensors")))
+    here, there = hgr.patcher.load_device, torch.device("cpu", 0)
+    assert here != there and hgr.on(here) is hgr
+    copy = hgr.on(there)
+    assert copy.patcher.load_device == there and copy.patcher.model is not hgr.patcher.model
+    assert hgr.on(there) is copy and (copy.path, copy.hash, copy.info) == (hgr.path, hgr.hash, hgr.info)
+    model = tiny_model.clone()
+    model.load_device = there
+    (patcher,) = apply_hgr(model, hgr).get_additional_models_with_key(KEY)
+    assert patcher is copy.patcher
+    (patcher,) = apply_hgr(tiny_model, hgr).get_additional_models_with_key(KEY)
+    assert patcher is hgr.patcher
 
 
 def test_the_folder_is_registered_and_lists_safetensors_only(folder):
