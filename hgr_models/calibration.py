@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .detection import Seen, detect, prompt_scores
 from .hgr import HGR, HGRInfo
 from .recording import Points
 from .redirection import log_snr_of, read_guidance
@@ -65,6 +66,24 @@ def guidance_readings(hgr: HGR, points: Points, device: torch.device) -> Tensor:
     x_in = points.x * points.c_in.view(-1, *[1] * (points.x.ndim - 1))
     parts = (t.to(device) for t in (points.cond_denoised, points.uncond_denoised, x_in, points.sigma))
     return read_guidance(hgr.guidance, *parts)[2].direction_logits.sigmoid().cpu()
+
+
+@torch.no_grad()
+def picture_readings(hgr: HGR, points: Points, prompts: Texts, device: torch.device) -> Tensor:
+    """`detection.detect` of finished runs with their prompts, (N, K), on the CPU.
+
+    `points` are the runs' latents noised to each of `detection.LEVELS` in turn, as `shard_check.PICTURES` says.
+    """
+    looks = iter(torch.arange(len(points)).split(len(prompts)))
+
+    def see(part: float, noise: Tensor) -> Seen:
+        some = points[next(looks)]
+        x_in = some.x * some.c_in.view(-1, *[1] * (some.x.ndim - 1))
+        return Seen(*(t.to(device) for t in (x_in, some.sigma, some.uncond_denoised, some.cond_denoised)))
+
+    rows = (None if t is None else t.to(device) for t in (prompts.tokens, prompts.pooled, prompts.mask))
+    p = None if hgr.condition is None else prompt_scores(hgr, *rows)
+    return detect(hgr.guidance, see, (len(prompts), *points.x.shape[1:]), prompts=p).scores.cpu()
 
 
 def upper_bound(alarms: int, runs: int) -> float:

@@ -141,8 +141,8 @@ def picture_thresholds(info, file: str = "this HGR") -> tuple[float, ...]:
     """The thresholds (K,) for `detect`; HGRError when the checkpoint was never calibrated for pictures."""
     if not info.picture_thresholds:
         raise HGRError(
-            f"{file} has no thresholds for pictures: it was made before they existed, or never calibrated on pictures. "
-            "Set a threshold of your own (0.5 is a start), or calibrate the HGR on pictures."
+            f"{file} has no thresholds for pictures: an older version made it. SafeCFG Check HGR with `save_as` makes a copy that has "
+            "them; or set a threshold of your own (0.5 is a start)."
         )
     return info.picture_thresholds
 

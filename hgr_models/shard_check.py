@@ -8,8 +8,9 @@ from torch import Tensor
 from .errors import HGRError
 
 HARMFUL, CLEAN, CALIBRATION = "harmful", "clean", "calibration"  # kinds of shards of runs
+PICTURES = "pictures"  # the finished calibration runs, looked at as a detector does: noised to `detection.LEVELS` in turn
 TEXTS, CALIBRATION_TEXTS = "texts", "calibration texts"  # kinds of shards of prompts
-KINDS = (HARMFUL, CLEAN, CALIBRATION, TEXTS, CALIBRATION_TEXTS)
+KINDS = (HARMFUL, CLEAN, CALIBRATION, PICTURES, TEXTS, CALIBRATION_TEXTS)
 LATENTS = ("x", "uncond_denoised", "guidance", "partner_guidance")
 DTYPES = (torch.float16, torch.float32, torch.uint8, torch.int64)
 

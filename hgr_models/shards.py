@@ -19,7 +19,7 @@ from .checkpoint import is_file
 from .errors import HGRError
 from .files import write_whole
 from .recording import Points, Prompts
-from .shard_check import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, KINDS, TEXTS, finite, problem_of  # noqa: F401 (kinds, for those who write)
+from .shard_check import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, KINDS, PICTURES, TEXTS, finite, problem_of  # noqa: F401 (kinds, for those who write)
 
 FORMAT_VERSION = 1
 KEY = "safecfg_shard"  # of the metadata entry
@@ -114,6 +114,10 @@ class Shard:
         """All points; `prompt` numbers the runs."""
         return replace(self.points(torch.arange(self.size))[0], prompt=self.tensors["prompt"])
 
+    def prompts(self) -> Texts:
+        """All encoded prompts, one per run of a shard of runs."""
+        return self.texts(torch.arange(len(self.tensors["prompts.tokens"])))
+
     def points(self, rows: Tensor) -> tuple[Points, Prompts]:
         """Recorded points at these rows (B,) with their prompts, row for row, float32."""
         get = lambda name: finite(self.path, self.tensors[name][rows].float())  # noqa: E731
@@ -202,7 +206,7 @@ class Recording:
 
     def calibration_texts(self) -> list[Texts]:
         """The clean prompts that are kept for calibration, a batch per shard."""
-        return [shard.texts(torch.arange(shard.size)) for shard in self.of_kind(CALIBRATION_TEXTS)]
+        return [shard.prompts() for shard in self.of_kind(CALIBRATION_TEXTS)]
 
     def of_kind(self, kind: str) -> list[Shard]:
         """The shards of a kind."""

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from . import training_state
-from .calibration import calibrated, prompt_readings, run_maxima
+from .calibration import calibrated, calibrated_on_pictures, picture_readings, prompt_readings, run_maxima
 from .checkpoint import save_hgr
 from .condition import ConditionConfig
 from .errors import HGRError
 from .guidance import GuidanceConfig
 from .hgr import HGR, uncalibrated_info
 from .losses import PredictWith
-from .shards import CALIBRATION, Recording
+from .shards import CALIBRATION, PICTURES, Recording
 from .train_condition import ConditionTraining
 from .train_guidance import GuidanceTraining
 from .training import Training
@@ -153,6 +153,9 @@ class Command:
         p = torch.cat([prompt_readings(hgr, t, self.device) for t in texts]) if hgr.condition else None
         b = torch.cat([run_maxima(hgr, shard.runs(), self.device) for shard in shards])
         hgr.info = calibrated(hgr, p, b, self.args.false_positive_rate)
+        if shards := self.recording.of_kind(PICTURES):
+            q = torch.cat([picture_readings(hgr, shard.runs(), shard.prompts(), self.device) for shard in shards])
+            hgr.info = calibrated_on_pictures(hgr.info, q, self.args.false_positive_rate)
         hgr.info.training.update(steps={name: t.step for name, t in self.trainings.items()}, processes=self.world)
         save_hgr(self.args.out, hgr)
         (self.folder / "losses.json").write_text(json.dumps(self.losses) + "\n", encoding="utf-8")

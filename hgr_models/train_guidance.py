@@ -13,6 +13,7 @@ from .shards import CLEAN, HARMFUL, Recording
 from .training import StepReport, Training, accuracies, on_device
 
 HARMFUL_BATCH, PARTNER_BATCH, CLEAN_BATCH = 32, 12, 20  # points per step; the partners are those of the first harmful ones
+POINTS = HARMFUL_BATCH + PARTNER_BATCH + CLEAN_BATCH
 
 
 class GuidanceObjective(nn.Module):

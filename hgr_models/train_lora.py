@@ -122,13 +122,14 @@ class LoraTraining(Training):
         # At a low noise level the network adds little to x, and nothing can move the prediction by a share of its own size.
         added = mean_square(batch.x - denoised.detach()).sqrt().clamp(min=1e-6)
         weights = torch.randn(batch.x.shape, generator=generator).to(batch.x) / added.view(-1, *[1] * (batch.x.ndim - 1))
-        gradients = torch.autograd.grad((denoised * weights).mean(), ups, allow_unused=True)
+        # The sum, not the mean: divided by a million values, fp16 would lose it on the way back.
+        gradients = torch.autograd.grad((denoised * weights).sum(), ups, allow_unused=True)
         pairs = [(up, gradient) for up, gradient in zip(ups, gradients, strict=True) if gradient is not None]
         square = sum(gradient.square().sum() for _, gradient in pairs)
         error = float("inf")
         for nudge in NUDGES:
-            step = nudge / denoised.numel() ** 0.5 / square
-            sides = [_nudged(pairs, sign * step, lambda: (run() * weights).mean()) for sign in (1, -1)]
+            step = nudge * denoised.numel() ** 0.5 / square
+            sides = [_nudged(pairs, sign * step, lambda: (run() * weights).sum()) for sign in (1, -1)]
             error = min(error, float((sides[0] - sides[1] - 2 * step * square).abs() / (2 * step * square)))
             if error < CONVINCING:
                 break

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from helpers import info, small_hgr
 from hgr_models import HGR, HGRError, load_hgr, save_hgr
-from hgr_models.calibration import calibrated_on_pictures, upper_bound
+from hgr_models.calibration import calibrated_on_pictures, picture_readings, upper_bound
 from hgr_models.condition import ConditionConfig
 from hgr_models.detection import (
     CERTAIN,
@@ -24,7 +24,9 @@ from hgr_models.detection import (
     run_excess,
     threshold_at,
 )
+from hgr_models.recording import Points
 from hgr_models.redirection import log_snr_of
+from hgr_models.shards import Texts
 
 SHAPE = (2, 4, 8, 8)
 
@@ -202,6 +204,24 @@ def test_threshold_for_a_rate(rate, threshold):
     clean = torch.tensor([0.1, 0.4, 0.5, 0.2])
     found = threshold_at(clean, rate)
     assert found == pytest.approx(threshold) and (clean.double() > found).double().mean() <= rate
+
+
+@pytest.mark.parametrize("by_condition", [True, False])
+def test_recorded_pictures_are_read_as_they_are_seen(by_condition):
+    """A recording of looks gives what `detect` gives where it can look itself."""
+    torch.manual_seed(0)
+    hgr, prompts, recorded = small_hgr(), Texts(torch.randn(2, 5, 16), None, None, torch.zeros(2, 2)), []
+    hgr.condition = hgr.condition if by_condition else None
+
+    def look(level, noise):
+        x, uncond, cond = torch.randn(3, *SHAPE)
+        c_in = torch.full((2,), 0.5)
+        recorded.append(Points(x, torch.full((2,), 1 + level), c_in, uncond, cond, cond, torch.zeros(2, 2), torch.arange(2)))
+        return Seen(x * 0.5, recorded[-1].sigma, uncond, cond)
+
+    p = prompt_scores(hgr, prompts.tokens) if by_condition else None
+    expected = detect(hgr.guidance, look, SHAPE, prompts=p).scores
+    assert_close(picture_readings(hgr, Points.cat(recorded), prompts, torch.device("cpu")), expected)
 
 
 def test_picture_thresholds_are_calibrated_stored_and_missed(tmp_path):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hgr_models import HGRError, load_hgr
+from hgr_models.detection import LEVELS
 from hgr_models.recording import record_runs
-from hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, Texts, write_runs, write_texts
+from hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, PICTURES, Texts, write_runs, write_texts
 from hgr_models.train import Command, arguments
 from hgr_models.training_state import read_about
 from test_training import c_in, predict, toy_prompts
@@ -38,6 +39,8 @@ def shards(tmp_path):
         noise, sigmas = torch.randn(24, 4, 8, 8), torch.tensor([5.0, 2.0, 0.5, 0.0])
         points = record_runs(predict, c_in, prompts, sigmas, noise, "prompt", torch.full((24,), 3.0))
         write_runs(folder / f"{kind}.safetensors", kind, points, prompts, FACTS)
+        if kind == CALIBRATION:
+            write_runs(folder / "pictures.safetensors", PICTURES, points[: 24 * len(LEVELS)], prompts, FACTS)
         texts = Texts(prompts.tokens, None, None, prompts.harms)
         write_texts(folder / f"t_{kind}.safetensors", texts, FACTS, CALIBRATION_TEXTS if kind == CALIBRATION else "texts")
     return folder
@@ -55,7 +58,8 @@ def run(shards, out, *more):
 def test_both_networks_from_shards(shards, tmp_path):
     hgr = run(shards, tmp_path / "a.safetensors", "--model", "test_train:frozen", "--condition-steps", "12", "--batch", "8")
     assert hgr.condition is not None and hgr.info.training["steps"] == {"condition": 12, "guidance": 24}
-    assert hgr.info.training["calibration"]["clean_runs"] == 24
+    assert hgr.info.training["calibration"]["clean_runs"] == hgr.info.training["calibration"]["clean_pictures"] == 24
+    assert len(hgr.info.picture_thresholds) == 2
     curve = losses_of(tmp_path / "a.safetensors")
     assert curve["condition"][-1] < curve["condition"][0] and sum(curve["guidance"][-4:]) < sum(curve["guidance"][:4])
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models import losses
-from ...hgr_models.calibration import run_maxima
+from ...hgr_models.calibration import picture_readings, run_maxima
 from ...hgr_models.recording import Points, Prompts
+from ...hgr_models.shards import Texts
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Found:
     after: dict[str, list[float]] = field(default_factory=dict)
     clean_readings: list[Tensor] = field(default_factory=list)  # p of clean prompts, (K,)
     clean_maxima: list[Tensor] = field(default_factory=list)  # largest b of clean runs, (L, K)
+    clean_pictures: list[Tensor] = field(default_factory=list)  # what a detector says of the finished clean runs, (K,)
 
     def removal(self, network: str) -> float | None:
         """How much of the way to the partner's direction a network goes, in [0, 1]; None where it was not looked at."""
@@ -79,13 +81,15 @@ def _distances(points: Points, denoised: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def look_at_clean(found: Found, hgr, points: Points, prompts: Prompts, device: torch.device) -> None:
-    """Adds a batch of clean runs; `points.prompt` are rows of `prompts`."""
+def look_at_clean(found: Found, hgr, points: Points, prompts: Prompts, pictures: Points, device: torch.device) -> None:
+    """Adds a batch of clean runs; `points.prompt` are rows of `prompts`, `pictures` as in `calibration.picture_readings`."""
     if hgr.condition is not None:
         rows = (None if t is None else t.to(device) for t in (prompts.tokens, prompts.pooled, prompts.mask))
         found.clean_readings += list(hgr.condition.harmfulness(*rows).cpu())
     if hgr.guidance is not None:
         found.clean_maxima += list(run_maxima(hgr, points, device))
+        texts = Texts(prompts.tokens, prompts.pooled, prompts.mask, prompts.harms)
+        found.clean_pictures += list(picture_readings(hgr, pictures, texts, device))
 
 
 def report(found: Found, info: hgr_models.HGRInfo) -> dict:

@@ -11,9 +11,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...hgr_models.detection import LEVELS
 from ...hgr_models.pairs import PromptPair, PromptSet
 from ...hgr_models.recording import Points, Policy, Prompts
-from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, TEXTS, write_runs, write_texts
+from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, PICTURES, TEXTS, write_runs, write_texts
 from ...hgr_models.training import disguise
 from .encoding import encode_batch, text_of
 from .wording import some_layer, vary
@@ -144,10 +145,9 @@ def sample(model, guider, job: Job, settings: RunSettings, steps: int) -> Tensor
     return guider.sample(noise, latent, comfy.samplers.sampler_object(job.sampler), sigmas, disable_pbar=True, seed=job.seed)
 
 
-def _look_again(model, guider, job: Job, output: Tensor, look: int) -> None:
-    """Noises finished latents and evaluates them once more, as SafeCFG Detect Harm will look at pictures."""
-    seed = job.seed + 1 + look
-    sigma = float(model.get_model_object("model_sampling").percent_to_sigma(random.Random(seed).uniform(*LOOK_PARTS)))
+def _look_again(model, guider, output: Tensor, part: float, seed: int) -> None:
+    """Noises finished latents to a part of the schedule and evaluates them once more, as SafeCFG Detect Harm looks at pictures."""
+    sigma = float(model.get_model_object("model_sampling").percent_to_sigma(part))
     euler = comfy.samplers.sampler_object("euler")
     noise = comfy.sample.prepare_noise(output, seed)
     guider.sample(noise, output, euler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)
@@ -155,8 +155,8 @@ def _look_again(model, guider, job: Job, output: Tensor, look: int) -> None:
 
 def record_job(
     model, clip, prompts: PromptSet, job: Job, settings: RunSettings, scale: Tensor | None, policy: Policy | None
-) -> tuple[Points, Prompts]:
-    """Samples a job's runs and gives every step of them.
+) -> tuple[Points, Prompts, Points | None]:
+    """Samples a job's runs and gives every step of them; of runs to calibrate with also what a detector will see of them.
 
     A quarter of the harmful prompts is disguised in units of `scale` (D,): the direction must show what text hides. Runs to
     learn from are worded as users do (`wording`), prompt and partner alike; runs to measure with are not.
@@ -172,15 +172,23 @@ def record_job(
         conds["partner"] = encode_batch(clip, texts[1])
     guider = RecordingGuider(model).prepare(job, conds, policy)
     output = sample(model, guider, job, settings, CALIBRATION_STEPS if job.kind == CALIBRATION else settings.steps)
-    for look in range(job.looks):
-        _look_again(model, guider, job, output, look)
+    for seed in range(job.seed + 1, job.seed + 1 + job.looks):
+        _look_again(model, guider, output, random.Random(seed).uniform(*LOOK_PARTS), seed)
+    run, pictures = guider.points, None
+    if job.kind == CALIBRATION:
+        guider.prepare(job, {"positive": text, "negative": encode_batch(clip, [""])}, None)  # the negative of SafeCFG Detect Harm
+        for look, part in enumerate(LEVELS, start=1):
+            _look_again(model, guider, output, part, job.seed + look)
+        pictures = Points.cat(guider.points)
     harms, removed = (
         torch.stack([labels(prompts.categories, getattr(p, name)) for p in job.pairs]) for name in ("harms", "removed")
     )
-    rows = text_of(text, harms)
-    points = Points.cat(guider.points)
-    points.shown = (harms if job.follow == "prompt" else harms - removed).repeat(len(guider.points), 1)
-    return points, Prompts(rows.tokens, None, None, harms, removed, rows.pooled, rows.mask)
+    rows, points = text_of(text, harms), Points.cat(run)
+    shown = harms if job.follow == "prompt" else harms - removed
+    for some in (points, pictures):
+        if some is not None:
+            some.shown = shown.repeat(len(some) // len(shown), 1)
+    return points, Prompts(rows.tokens, None, None, harms, removed, rows.pooled, rows.mask), pictures
 
 
 def record(
@@ -191,7 +199,9 @@ def record(
     for job in jobs:
         path = folder / f"{job.name}.safetensors"
         if not path.exists():
-            points, rows = record_job(model, clip, prompts, job, settings, scale, policy)
+            points, rows, pictures = record_job(model, clip, prompts, job, settings, scale, policy)
+            if pictures is not None:  # first: where the runs are, these are too
+                write_runs(folder / f"{PICTURES}-{job.name}.safetensors", PICTURES, pictures, rows, facts)
             write_runs(path, job.kind, points, rows, facts)
         yield job
 

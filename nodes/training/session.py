@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import comfy.model_management
 import torch
 from PIL import Image
 
 from ... import hgr_models
 from ...hgr_models import training_state as state
-from ...hgr_models.calibration import calibrated, prompt_readings, run_maxima
+from ...hgr_models.calibration import calibrated, calibrated_on_pictures, picture_readings, prompt_readings, run_maxima
 from ...hgr_models.condition import robust_units
 from ...hgr_models.hgr import uncalibrated_info
 from ...hgr_models.pairs import PromptSet
-from ...hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, Recording
+from ...hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, PICTURES, Recording
 from ...hgr_models.train_condition import ConditionTraining
 from ...hgr_models.train_guidance import GuidanceTraining
 from ...hgr_models.training import StepReport, Training
@@ -23,7 +24,7 @@ from . import curves, estimate
 from .bare import without_safecfg
 from .encoding import encode_batch, text_of
 from .facts import recording_facts
-from .frozen import FrozenModel, gradient_error
+from .frozen import FrozenModel, check_can_freeze, gradient_error
 from .plan import TrainPlan, make_folder
 from .progress import Progress
 from .recorder import FOLLOW, clean_pairs, plan_jobs, record, write_prompts
@@ -61,7 +62,7 @@ class Session:
     @property
     def device(self) -> torch.device:
         """Where the redirectors learn."""
-        return torch.device("cpu") if self.model is None else self.model.load_device
+        return comfy.model_management.get_torch_device() if self.model is None else self.model.load_device
 
     def prepare(self, record_only: bool = False) -> None:
         """Looks at what is there, at the model and at the disk, and says what it will take; changes nothing but the folder.
@@ -70,6 +71,8 @@ class Session:
         """
         make_folder(self.folder)
         if self.model is not None:
+            if self.plan.by_condition and not record_only:
+                check_can_freeze(self.model)
             sample = text_of(self.encode([""]), torch.zeros(1, len(self.prompts.categories)))
             self.facts = recording_facts(self.model, self.prompts, sample)
         else:
@@ -195,6 +198,7 @@ class Session:
         self._guidance_steps(training, recording, training.steps)
 
     def _guidance_steps(self, training: GuidanceTraining, recording: Recording, until: int) -> None:
+        comfy.model_management.free_memory(estimate.guidance_bytes(self), self.device)  # it learns without the model
         recording, held_out = recording.divided()
         error_on = None if held_out is None else lambda: training.error_on(held_out)
         self._steps("guidance", training, until, lambda: training.train_step(recording), error_on)
@@ -242,6 +246,10 @@ class Session:
         b = [run_maxima(hgr, shard.runs(), self.device) for shard in recording.of_kind(CALIBRATION)] if hgr.guidance else []
         rate = self.plan.false_positive_rate
         info = calibrated(hgr, torch.cat(p) if p else None, torch.cat(b) if b else None, rate)
+        shards = recording.of_kind(PICTURES) if hgr.guidance else []
+        if shards:
+            scores = [picture_readings(hgr, shard.runs(), shard.prompts(), self.device) for shard in shards]
+            info = calibrated_on_pictures(info, torch.cat(scores), rate)
         steps = {name: training.step for name, training in self.trainings.items()}
         info.training.update(steps=steps, prompts=self.facts["prompts"], digest=self.digest)
         return info

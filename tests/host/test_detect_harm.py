@@ -197,7 +197,7 @@ def test_a_video_vae_gets_one_picture_at_a_time(pictures):
 
 
 def test_thresholds_of_an_older_hgr(tiny_model, tiny_cond, pictures):
-    with pytest.raises(HGRError, match="random.safetensors has no thresholds for pictures.*threshold of your own"):
+    with pytest.raises(HGRError, match="random.safetensors has no thresholds for pictures.*Check HGR.*threshold of your own"):
         detect(tiny_model, make_hgr(), tiny_cond(1), image=pictures, vae=Vae())
     low, high = (detect(tiny_model, make_hgr(), tiny_cond(1), image=pictures, vae=Vae(), threshold=t) for t in (1e-6, 1.0))
     assert low[3] == [True, True] and high[3] == [False, False] and low[0] == high[0]

@@ -1,5 +1,6 @@
 """`SafeCFG Train HGR` and `SafeCFG Record Guidance` on the demo model: what they make, leave alone, and take up again."""
 
+import json
 import pathlib
 from types import SimpleNamespace
 
@@ -10,14 +11,19 @@ import pytest
 import torch
 from safecfg import hgr_models
 from safecfg.hgr_models import files
+from safecfg.hgr_models.detection import LEVELS
+from safecfg.hgr_models.guidance import GuidanceConfig
 from safecfg.hgr_models.pairs import PromptPair, PromptSet
-from safecfg.hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, Recording
+from safecfg.hgr_models.shards import CALIBRATION, CLEAN, HARMFUL, PICTURES, Recording
 from safecfg.nodes.demo_world.demo_model import DemoModel
+from safecfg.nodes.detection.detect_harm import DetectHarm
 from safecfg.nodes.redirect.apply import Apply
 from safecfg.nodes.training import frozen, session
 from safecfg.nodes.training.plan import recording_folder
 from safecfg.nodes.training.record_guidance import RecordGuidance
 from safecfg.nodes.training.train_hgr import TrainHGR
+
+from fakes import INFO
 
 SMALL = {
     "harmful_runs": 6, "clean_runs": 4, "calibration_runs": 4, "run_steps": 3, "batch": 2, "sizes": "128x128, 96x128",
@@ -86,6 +92,51 @@ def test_a_loader_s_weights_are_shared_and_come_back():
     assert network.weight is own and own.is_inference() and x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("made_in", [True, False])
+@pytest.mark.parametrize("moved_in", [True, False])
+def test_weights_that_were_moved_carry_gradients(made_in, moved_in):
+    """Core moves weights between devices in and outside inference mode; here their type changes, which does the same to them."""
+    with torch.inference_mode(made_in):
+        network = torch.nn.Linear(4, 4).requires_grad_(False)
+    with torch.inference_mode(moved_in):
+        network.to(torch.bfloat16).to(torch.float32)
+    own, x = network.weight, torch.ones(2, 4, requires_grad=True)
+    with frozen.normal_weights(network):
+        network(x).square().sum().backward()
+    assert network.weight is own and x.grad.abs().sum() > 0
+
+
+def test_fp16_is_what_the_model_computes_in(demo):
+    """Weights in fp8 or fp32 may be computed in fp16, whose small gradients need a scaled loss."""
+    assert not frozen.FrozenModel(demo[0], {}).half
+    cast = demo[0].clone()
+    cast.add_object_patch("manual_cast_dtype", torch.float16)
+    assert frozen.FrozenModel(cast, {}).half
+
+
+def test_a_model_that_cannot_be_loaded_again_is_refused_before_anything_is_recorded(demo, monkeypatch):
+    model = demo[0].clone()
+    monkeypatch.setattr(model, "is_dynamic", lambda: True, raising=False)
+    model.cached_patcher_init = None
+    monkeypatch.setattr(session, "without_safecfg", lambda model: model)
+    with pytest.raises(hgr_models.HGRError, match="Load Checkpoint.*--disable-dynamic-vram"):
+        train((model, demo[1]))
+    assert not any(recording_folder("mine").glob("*.safetensors"))
+
+
+def test_what_the_guidance_redirector_needs_grows_with_the_latents(demo):
+    """A step keeps so much for its backward pass; core is asked to make room for it."""
+    plan = lambda size: SimpleNamespace(runs=SimpleNamespace(sizes=(size,), latent=None))  # noqa: E731
+    config = GuidanceConfig(4, 2)
+    of = lambda size: SimpleNamespace(  # noqa: E731
+        model=demo[0], plan=plan(size), new_info=lambda: INFO, configs=lambda: (None, config)
+    )
+    small, large = (session.estimate.guidance_bytes(of(size)) for size in ((128, 128), (256, 256)))
+    assert 3 < large / small < 4.5
+    values = 64 * 32 * 32 // 4 * config.width  # of one feature map
+    assert 20 < large / (2 * values) < 200
+
+
 def test_an_hgr_for_this_model_appears_and_applies(demo):
     before = {k: v.clone() for k, v in demo[0].model.state_dict().items()}
     hgr, losses, curves, summary = train(demo)
@@ -114,6 +165,27 @@ def test_the_recording_holds_runs_of_every_kind(demo):
         points, prompts = shard.points(torch.arange(shard.size))
         assert prompts.harms.any(dim=1).all() and torch.isfinite(points.x).all()
         assert (points.cond_denoised - points.partner_denoised).abs().mean() > 1e-3
+
+
+def test_a_trained_hgr_judges_pictures(demo):
+    """Its thresholds come from the finished calibration runs, seen as SafeCFG Detect Harm sees: beside the empty negative."""
+    model, clip = demo
+    hgr, recording = train(demo)[0], Recording.open(recording_folder("mine"))
+    sampling, empty = model.model.model_sampling, clip.encode_from_tokens(clip.tokenize(""))
+    levels = torch.tensor([float(sampling.percent_to_sigma(part)) for part in LEVELS])
+    for shard in recording.of_kind(PICTURES):
+        points, prompts = shard.runs(), shard.prompts()
+        torch.testing.assert_close(points.sigma, levels.repeat_interleave(len(prompts)))
+        with torch.inference_mode():
+            denoised = model.model.apply_model(points.x, points.sigma, c_crossattn=empty.expand(len(points), -1, -1))
+        torch.testing.assert_close(points.uncond_denoised, denoised, atol=0.02, rtol=0.02)
+        assert (points.cond_denoised - points.uncond_denoised).abs().mean() > 1e-3
+    assert recording.count(PICTURES) == 4 * len(LEVELS) and hgr.info.training["calibration"]["clean_pictures"] == 4
+    with torch.inference_mode():
+        text = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        latent = {"samples": torch.randn(1, 4, 16, 16)}
+        found = DetectHarm.execute(model, hgr, text, 0.0, "", 0, 1, 0, latent=latent).result[1]
+    assert list(json.loads(found)["categories"].values()) == pytest.approx(hgr.info.picture_thresholds, abs=1e-3)
 
 
 def cancel_after(monkeypatch, part, step):

@@ -87,6 +87,7 @@ def test_another_family_trains_applies_and_is_checked(name):
         ).result
     assert "2 harmful runs" in result[1] and "with the new thresholds" in result[1]
     assert result[0].path.endswith("fitted.safetensors")
+    assert len(result[0].info.picture_thresholds) == len(info.picture_thresholds) == 2
 
 
 def test_an_hgr_of_another_family_is_not_checked():
