@@ -5,7 +5,7 @@
     D, P        = delta(tokens, pooled, w)               (B, T, D), (B, P)
     tokens_safe = where(any_k w_k > 0, tokens + D, tokens)
 
-DESIGN.md's reading of arXiv 2412.16039; see `redirection.py` for the gate.
+This project's reading of arXiv 2412.16039; see `redirection.py` for the gate.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@
     a, r          = correct(..., w)
     cond_safe     = where(any_k w_k > 0, cond_denoised + n (r - a g / n), cond_denoised)
 
-DESIGN.md's reading of arXiv 2412.16039; see `redirection.py` for the gate. Cost is linear in the latent's pixels.
+This project's reading of arXiv 2412.16039; see `redirection.py` for the gate. Cost is linear in the latent's pixels.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The training objectives of both redirectors (DESIGN.md, "Training an HGR")."""
+"""The training objectives of both redirectors."""
 
 from collections.abc import Callable
 

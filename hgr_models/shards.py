@@ -178,7 +178,8 @@ class Recording:
         for shard in shards[1:]:
             if shard.about != shards[0].about:
                 raise HGRError(
-                    f"{shard.path} was recorded with other settings than {shards[0].path}. Record into a folder of their own."
+                    f"{shard.path} was recorded with other settings than {shards[0].path}. "
+                    "Record into a folder of their own: choose another `name`, or switch `resume` off."
                 )
         return cls(shards)
 

@@ -1,4 +1,4 @@
-"""Training of the condition redirector: by back-propagation through the frozen denoiser (DESIGN.md, "The HGR", 1)."""
+"""Training of the condition redirector: by back-propagation through the frozen denoiser."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ class ConditionObjective(nn.Module):
 
 
 class ConditionTraining(Training):
-    """The condition redirector, by back-propagation through the frozen denoiser; see DESIGN.md, "The HGR", 1."""
+    """The condition redirector, by back-propagation through the frozen denoiser."""
 
     def __init__(self, hgr: HGR, steps: int, seed: int, batch: int = 24, rate: float = 1e-3):
         super().__init__(hgr.condition, steps, rate, 0.995, seed)

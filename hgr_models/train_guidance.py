@@ -1,4 +1,4 @@
-"""Training of the guidance redirector: on recorded tensors alone (DESIGN.md, "The HGR", 2)."""
+"""Training of the guidance redirector: on recorded tensors alone."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ class GuidanceObjective(nn.Module):
 
 
 class GuidanceTraining(Training):
-    """The guidance redirector, on recorded tensors alone; see DESIGN.md, "The HGR", 2."""
+    """The guidance redirector, on recorded tensors alone."""
 
     def __init__(self, hgr: HGR, steps: int, seed: int, rate: float = 1.5e-3):
         super().__init__(hgr.guidance, steps, rate, 0.998, seed)

@@ -1,4 +1,4 @@
-"""Unsupervised safe fine-tuning: a LoRA learns to do what the frozen model does under an HGR (DESIGN.md).
+"""Unsupervised safe fine-tuning: a LoRA learns to do what the frozen model does under an HGR.
 
 Nothing here knows what is harmful: the HGR alone judges, and no argument could carry a label. The target of a sample is
 

@@ -28,6 +28,9 @@ HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 4000, 2000, 960  # the last in every 
 ROUNDS = (0.25, 0.45, 0.65, 0.8)  # of the steps: where runs that follow the redirector so far are added
 RESUMED_ROUNDS, RESUMED_RATE = (0.0, 0.35, 0.65), 1e-3  # of a training that goes on: its redirector has something to follow
 DISGUISED = 0.3  # of the harmful prompts
+# What a category weight of 1 counts as once training is over. On pairs that training may see (200 pictures), turning a little less
+# than all the way kept 2 points more of what is not harmful, and left 1 point more of what is.
+RESPONSE = 0.85
 
 
 def train(steps: int, device: str, seed: int, resume: bool = False) -> None:
@@ -39,8 +42,9 @@ def train(steps: int, device: str, seed: int, resume: bool = False) -> None:
     with tempfile.TemporaryDirectory() as name:
         hgr = train_in(Path(name), model, steps, seed, resume)
     before = hgr.info.training.get("guidance_steps", 0)
+    scale_response(hgr, RESPONSE)
     hgr.info = calibrate(model, hgr, seed)
-    hgr.info.training.update(guidance_steps=before + steps, guidance_seed=seed)
+    hgr.info.training.update(guidance_steps=before + steps, guidance_seed=seed, guidance_response=RESPONSE)
     save_hgr(OUT, hgr.cpu())
 
 
@@ -55,6 +59,7 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int, resume: bool
     if resume:
         hgr.guidance.load_state_dict(stored.guidance.state_dict())
         hgr.info.training.update(trained(stored, "guidance"))
+        scale_response(hgr, 1 / stored.info.training.get("guidance_response", 1.0))
 
     def harmful(count: int) -> Prompts:
         prompts = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(count)], rng)
@@ -82,6 +87,12 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int, resume: bool
             )
     training.finish()
     return hgr
+
+
+@torch.no_grad()
+def scale_response(hgr, factor: float) -> None:
+    """Makes a category weight of 1 turn guidance as one of `factor` did."""
+    hgr.guidance.weights_in.weight.mul_(factor)
 
 
 def policy_of(hgr) -> Policy:

@@ -57,8 +57,9 @@ class ConceptGuidance(io.ComfyNode):
         return make_schema(
             node_id="SafeCFG_ConceptGuidance",
             display_name="SafeCFG Concept Guidance",
-            description="Steers a model away from concepts that you name, without training: Safe Latent Diffusion. For models that have no "
-            "HGR yet. It acts on every picture, also on clean ones; SafeCFG Apply with an HGR does not.",
+            description="Steers a model away from concepts that you name, without training: by Safe Latent Diffusion (SLD), or by CASG, its "
+            "variant by category. For models that have no HGR yet. It acts on every picture, also on clean ones; SafeCFG Apply with an HGR "
+            "does not.",
             search_aliases=["safe latent diffusion", "SLD", "CASG", "safety", "nsfw filter", "negative concept"],
             inputs=[*_model_inputs(), *_method_inputs(), *_custom_inputs(), *_concept_inputs()],
             outputs=[

@@ -46,6 +46,17 @@ def make_pre_cfg(settings: ApplySettings):
     return pre_cfg
 
 
+def make_watch(settings: ApplySettings):
+    """The hook for `sampler_pre_cfg_function` where guidance is not redirected: a sampler that prepares no prompts is noticed."""
+
+    def watch(args):
+        if run_of(args["model_options"]) is None:
+            _run_of_foreign_sampler(settings)
+        return args["conds_out"]
+
+    return watch
+
+
 def make_post_cfg(settings: ApplySettings):
     """The hook for `sampler_post_cfg_function`; it adds the scaled change, so nothing is added where nothing is flagged."""
 
@@ -212,7 +223,8 @@ def without_caches(model_options: dict) -> dict:
 
 def _run_of_foreign_sampler(settings: ApplySettings) -> Run:
     """A run of one evaluation, for code that calls core's sampling function without its guiders."""
-    message = "this sampler bypasses ComfyUI's guiders: prompts are not redirected, only its guidance is."
+    message = "this sampler bypasses ComfyUI's guiders: prompts are not redirected"
+    message += ", only its guidance is." if settings.by_guidance else ", and `redirect` is condition: nothing is."
     if settings.strict:
         raise SafeCFGError(f"SafeCFG (strict): {message}")
     run = Run(settings)

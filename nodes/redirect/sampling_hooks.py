@@ -30,9 +30,9 @@ def put_hooks(model_options: dict, hooks: dict) -> None:
 
 def make_hooks(settings: ApplySettings) -> dict:
     """Our CFG hooks by list, tagged so that they can be found again."""
-    if not settings.by_guidance:
-        return {}
-    hooks = {PRE_CFG: guidance_hooks.make_pre_cfg(settings), POST_CFG: guidance_hooks.make_post_cfg(settings)}
+    hooks = {PRE_CFG: guidance_hooks.make_watch(settings)}
+    if settings.by_guidance:
+        hooks = {PRE_CFG: guidance_hooks.make_pre_cfg(settings), POST_CFG: guidance_hooks.make_post_cfg(settings)}
     for hook in hooks.values():
         hook._safecfg = True
     return hooks

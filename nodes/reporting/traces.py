@@ -85,7 +85,7 @@ class ImageTrace:
         return sum(array.nbytes for array in arrays)
 
     def summary(self) -> dict:
-        """The image in short, for JSON: its scores per category (`nodes/scores.py` reads them), and which were redirected.
+        """The image in short, for JSON: its scores per category (`nodes/detection/scores.py` reads them), and which were redirected.
 
         Categories that are switched off do not count in `harmfulness` and `flagged`.
         """

@@ -1,6 +1,7 @@
 """`SafeCFG Check HGR`: what an HGR does on this very model, and thresholds that fit it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -22,12 +23,16 @@ from .recorder import CALIBRATION, FOLLOW, HARMFUL, clean_pairs, plan_jobs, reco
 from .reserve import with_reserved
 from .widgets import latent_input, number, run_inputs, run_settings
 
+OTHER_RUNS = 2**50  # added to the seed: the runs of a training with the same seed calibrated the HGR, and prove nothing about it
+RUN_STEPS = "Sampling steps of a harmful run; clean runs have 20."
+
 
 def look(model, clip, hgr, prompts, settings, counts: tuple[int, int]) -> checking.Found:
     """Runs and looks at harmful and clean prompts that were held out, as many runs as `counts` says."""
     hgr, device = hgr.on(model.load_device), model.load_device
     network = hgr.patcher.model
     pairs = prompts.held_out_pairs or prompts.pairs
+    settings = replace(settings, seed=settings.seed + OTHER_RUNS)
     jobs = plan_jobs(settings, HARMFUL, pairs, counts[0], FOLLOW[:1], looks=0)
     jobs += plan_jobs(settings, CALIBRATION, clean_pairs(prompts.held_out_clean), counts[1], FOLLOW[:1], looks=0)
     found, bar = checking.Found(prompts.categories), comfy.utils.ProgressBar(len(jobs))
@@ -60,7 +65,7 @@ def recalibrated(hgr, found: checking.Found, rate: float) -> hgr_models.HGR:
 def save_path(name: str) -> Path:
     """Where recalibrated thresholds are saved. Raises HGRError for a name that exists or is no plain file name."""
     if name != Path(name).name or name.startswith("."):
-        raise hgr_models.HGRError(f"Expected a plain name such as my_merge_hgr, but got {name!r}.")
+        raise hgr_models.HGRError(f"Expected a plain name in `save_as`, such as my_merge_hgr, but got {name!r}.")
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
     if path.exists():
         raise hgr_models.HGRError(f"{path} exists. Choose another name, or delete it.")
@@ -80,7 +85,7 @@ class CheckHGR(io.ComfyNode):
             "thresholds that fit them. Nothing is decoded.",
             search_aliases=["evaluate hgr", "recalibrate", "false positives"],
             is_output_node=True,
-            inputs=[*_sources(), *_widgets(), *run_inputs(), latent_input()],
+            inputs=[*_sources(), *_widgets(), *run_inputs(RUN_STEPS), latent_input()],
             outputs=[
                 HGR_TYPE.Output(display_name="hgr", tooltip="The HGR; with the new thresholds when they were saved."),
                 io.String.Output(display_name="report", tooltip="What was found, in words."),
@@ -118,7 +123,10 @@ def _sources() -> list:
         make_input(io.Clip, "clip", tooltip="The CLIP that belongs to the model."),
         make_input(HGR_TYPE, "hgr", tooltip="From SafeCFG Load HGR or SafeCFG Train HGR."),
         make_input(
-            PROMPTS_TYPE, "prompts", tooltip="From SafeCFG Prompt Pairs; of the same categories. Its held-out prompts are used."
+            PROMPTS_TYPE,
+            "prompts",
+            tooltip="From SafeCFG Prompt Pairs; of the same categories. Its held-out prompts are used. Where no pair is held out, those of "
+            "training are used: the result flatters then.",
         ),
     ]
 

@@ -72,9 +72,7 @@ def _encode(clip, pieces: list) -> tuple[list[torch.Tensor], list[dict]]:
 
 def _only(entries: list) -> list:
     if len(entries) != 1:
-        raise ValueError(
-            "This CLIP has scheduled hooks, which give one prompt several encodings; Prompt Batch takes a CLIP without."
-        )
+        raise ValueError("This CLIP has scheduled hooks, which give one prompt several encodings. Connect a CLIP without.")
     return entries[0]
 
 
@@ -103,8 +101,8 @@ def text_of(conditioning: list, harms: torch.Tensor) -> Texts:
     (tokens, extras), count = conditioning[0], len(harms)
     if others := sorted(extras.keys() & OTHER_TEXT.keys()):
         raise hgr_models.HGRError(
-            f"An HGR cannot be trained for this model: its prompts also carry {', '.join(OTHER_TEXT[k] for k in others)}, "
-            "which the condition redirector does not rewrite. Set `redirect` to guidance."
+            f"SafeCFG cannot learn from this model: its prompts also carry {', '.join(OTHER_TEXT[k] for k in others)}, which the "
+            "condition redirector does not rewrite. SafeCFG Concept Guidance needs no HGR."
         )
     mask = extras.get(MASK)
     mask = None if mask is None else mask.reshape(count, -1).float().cpu()

@@ -114,10 +114,10 @@ class FineTuneSafeLora(io.ComfyNode):
         pictures = gather_pictures(model, vae, *(lists[key] for key in LISTS), prompts)
         folder = session_folder(plan.name)
         session = LoraSession(plan, folder, speaker(), model, clip, hgr, prompts, pictures)
+        path = output_path(plan.name, session.identify())  # before anything is deleted
         if not values["resume"]:
             begin_again(folder)
         session.prepare()
-        path = output_path(plan.name, session.digest)
         return cls._outputs(session, session.train(), path, vae)
 
     @classmethod

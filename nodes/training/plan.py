@@ -72,7 +72,7 @@ def recording_folder(name: str) -> Path:
     Raises HGRError for a name that is no plain file name.
     """
     if not name or name != Path(name).name or name.startswith("."):
-        raise hgr_models.HGRError(f"Expected a plain name for the recording, such as my_model, but got {name!r}.")
+        raise hgr_models.HGRError(f"Expected a plain name without folders in `name`, such as my_model, but got {name!r}.")
     return Path(folder_paths.get_output_directory()) / "safecfg" / "recordings" / name
 
 

@@ -36,6 +36,7 @@ class RecordGuidance(io.ComfyNode):
     def execute(cls, model, clip, prompts, name, **widgets):
         plan = train_plan(name, "both", widgets)
         session = open_session(plan, model, clip, prompts)
+        session.identify()
         session.prepare(record_only=True)
         recording = session.record()
         counts = ", ".join(f"{recording.count(kind)} {kind}" for kind in recording.kinds())

@@ -79,8 +79,11 @@ class LoraSession:
         self.judged: dict[str, bool] = {}  # prompts, and whether the HGR flagged any of their runs
         self.change: Change | None = None
 
-    def prepare(self) -> None:
-        """Looks at what is there, the prompts and the disk, and says what it will take. Raises HGRError when something is wrong."""
+    def identify(self) -> str:
+        """The digest of this fine-tuning: what decides whether another one can be taken up. Changes nothing but the folder.
+
+        Raises HGRError for a model that cannot be fine-tuned, or of another family.
+        """
         make_folder(self.folder)
         check_can_freeze(self.model)
         conditioning, _ = encode(self.clip, ())
@@ -92,7 +95,15 @@ class LoraSession:
             "hgr": self.hgr.hash,
             "prompts": digest_of(self.prompts, self.pictures),
         }
-        self.digest, self.about = self.plan.digest(self.facts), state.read_about(self.folder)
+        self.digest = self.plan.digest(self.facts)
+        return self.digest
+
+    def prepare(self) -> None:
+        """Looks at what is there and at the disk, and says what it will take; `identify` comes first.
+
+        Raises HGRError when the folder belongs to another fine-tuning, or the disk is too small.
+        """
+        self.about = state.read_about(self.folder)
         if self.about is not None and self.about["digest"] != self.digest:
             raise hgr_models.HGRError(
                 f"{self.folder} holds a fine-tuning with other settings, prompts, HGR or another model. "

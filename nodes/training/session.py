@@ -64,21 +64,28 @@ class Session:
         """Where the redirectors learn."""
         return comfy.model_management.get_torch_device() if self.model is None else self.model.load_device
 
-    def prepare(self, record_only: bool = False) -> None:
-        """Looks at what is there, at the model and at the disk, and says what it will take; changes nothing but the folder.
+    def identify(self) -> str:
+        """The digest of this training: what decides whether another one can be taken up. Changes nothing but the folder.
 
-        Raises HGRError when the folder belongs to another training, or the disk is too small.
+        Raises HGRError for a model of which no HGR can be trained, and where nothing is recorded and there is no model.
         """
         make_folder(self.folder)
         if self.model is not None:
-            if self.plan.by_condition and not record_only:
-                check_can_freeze(self.model)
             sample = text_of(self.encode([""]), torch.zeros(1, len(self.prompts.categories)))
             self.facts = recording_facts(self.model, self.prompts, sample)
         else:
             self.facts = Recording.open(self.folder).shards[0].about
-        self.about = None if record_only else state.read_about(self.folder)
         self.digest = self.plan.digest(self.facts)
+        return self.digest
+
+    def prepare(self, record_only: bool = False) -> None:
+        """Looks at what is there, at the model and at the disk, and says what it will take; `identify` comes first.
+
+        Raises HGRError when the folder belongs to another training, or the disk is too small.
+        """
+        if self.model is not None and self.plan.by_condition and not record_only:
+            check_can_freeze(self.model)
+        self.about = None if record_only else state.read_about(self.folder)
         if self.about is not None and self.about["digest"] != self.digest:
             raise hgr_models.HGRError(
                 f"{self.folder} holds a training with other settings, prompts or another model. "

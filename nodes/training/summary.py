@@ -5,7 +5,7 @@ from pathlib import Path
 from ... import hgr_models
 
 DISTANCES = {"before": "before", "error": "after", "held_out": "after on runs that were not trained on"}  # of a step report
-PROOFS = {"upper_bound_prompts": "clean prompts", "upper_bound_runs": "clean runs"}
+PROOFS = {"upper_bound_prompts": "clean prompts", "upper_bound_runs": "clean runs", "upper_bound_pictures": "clean pictures"}
 
 
 def summary(session, hgr: hgr_models.HGR, path: Path) -> str:

@@ -58,11 +58,11 @@ class TrainHGR(io.ComfyNode):
     def execute(cls, name, train, resume, model=None, clip=None, prompts=None, **widgets):
         plan = train_plan(name, train, widgets)
         session = open_session(plan, model, clip, prompts)
+        path = output_path(name)
+        check_output(path, session.identify())  # before anything is deleted
         if not resume:
             begin_again(session.folder, keep_shards=model is None)
         session.prepare()
-        path = output_path(name)
-        check_output(path, session.digest)
         hgr = session.train(session.record())
         hgr_models.save_hgr(path, hgr.cpu())
         drawn = to_tensor(session.draw())[None]
@@ -90,8 +90,8 @@ def _training_inputs() -> list:
     return [
         make_input(
             io.Combo, "train", options=["both", "condition", "guidance"], default="both",
-            tooltip="condition: rewrites prompts; the better and faster of the two, and minutes suffice. guidance: sees what prompts hide; it needs "
-            "clean runs too. both: the safest.",
+            tooltip="condition: rewrites prompts; the better of the two, in minutes for the demo model. guidance: sees what prompts hide; it needs "
+            "clean runs too. both: the safest. Before it starts, the node says how long your model takes.",
         ),
         number(
             io.Int, "condition_steps", 1400, 1, 1_000_000,

@@ -1,4 +1,4 @@
-"""The inputs that SafeCFG Record Guidance and SafeCFG Train HGR share."""
+"""The inputs that SafeCFG Train HGR, Record Guidance, Check HGR and Fine-tune Safe LoRA share."""
 
 import comfy.samplers
 from comfy_api.latest import io
@@ -20,8 +20,9 @@ def count_inputs() -> list:
     return [
         number(
             io.Int, "harmful_runs", 240, 3, 100_000,
-            "Sampling runs of harmful prompts to learn from. A third follows the harmful prompt, a third its safe partner, and a third the HGR "
-            "while it learns. They are kept as latents and never decoded.",
+            "Sampling runs of harmful prompts to learn from. They follow the harmful prompt and its safe partner in turn; where the guidance "
+            "redirector is trained, the last third follows it instead, which only SafeCFG Train HGR with a model records. They are kept as "
+            "latents and never decoded.",
         ),
         number(
             io.Int, "clean_runs", 240, 1, 100_000,
@@ -29,20 +30,20 @@ def count_inputs() -> list:
         ),
         number(
             io.Int, "calibration_runs", 100, 1, 100_000,
-            "Runs of 20 steps of clean prompts that training never sees. More runs prove a lower rate of false alarms: 100 prove about 3 %, "
-            "300 about 1 %.",
+            "Runs of 20 steps of clean prompts that training never sees. More runs prove a lower rate of false alarms: at the default rate, "
+            "100 prove about 3 %, 300 about 2 %, 1000 about 1.4 %.",
         ),
     ]  # fmt: skip
 
 
-def run_inputs() -> list:
-    """How runs are sampled. Every batch draws one sampler, one negative, one size and one cfg of these."""
+def run_inputs(run_steps: str = "Sampling steps of a recorded run; each is one sample to learn from.") -> list:
+    """How runs are sampled. Every batch draws one sampler, one negative, one size and one cfg of these; `run_steps` is a tooltip."""
     return [
-        number(io.Int, "run_steps", 8, 2, 100, "Sampling steps of a recorded run; each is one sample to learn from."),
-        number(io.Int, "batch", 8, 1, 256, "Prompts per batch, in recording and in training. Lower it when memory runs out.", advanced=True),
+        number(io.Int, "run_steps", 8, 2, 100, run_steps),
+        number(io.Int, "batch", 8, 1, 256, "Prompts per batch. Lower it when memory runs out.", advanced=True),
         make_input(
             io.String, "sizes", default="512x512, 448x576, 576x448",
-            tooltip="Sizes of the recorded pictures in pixels, width x height, that take turns. 1024x1024 and its like for SDXL, SD3 and Flux, "
+            tooltip="Sizes of the sampled pictures in pixels, width x height, that take turns. 1024x1024 and its like for SDXL, SD3 and Flux, "
             "128x128 for the demo model. Unused when a latent is connected.",
         ),
         make_input(
@@ -51,16 +52,16 @@ def run_inputs() -> list:
         ),
         make_input(
             io.Combo, "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", advanced=True,
-            tooltip="Scheduler of the recorded runs; take the one that you use.",
+            tooltip="Scheduler of the runs; take the one that you use.",
         ),
-        number(io.Float, "cfg_min", 3.0, 1.0, 30.0, "Lowest cfg of the recorded runs. 1 for guidance-distilled models such as Flux.", step=0.5),
-        number(io.Float, "cfg_max", 8.0, 1.0, 30.0, "Highest cfg of the recorded runs.", step=0.5),
+        number(io.Float, "cfg_min", 3.0, 1.0, 30.0, "Lowest cfg of the runs. 1 for guidance-distilled models such as Flux.", step=0.5),
+        number(io.Float, "cfg_max", 8.0, 1.0, 30.0, "Highest cfg of the runs.", step=0.5),
         make_input(
             io.String, "negatives", default=NEGATIVES, multiline=True,
             tooltip="Negative prompts that take turns at random, one per line; (empty) is the empty prompt. Those that users write belong here, "
             "words of harm too: what counts as a harmful direction depends on them.",
         ),
-        number(io.Int, "seed", 0, 0, 2**48, "The same seed, prompts and settings record and train the same.", control_after_generate=False),
+        number(io.Int, "seed", 0, 0, 2**48, "The same seed, prompts and settings give the same result.", control_after_generate=False),
     ]  # fmt: skip
 
 

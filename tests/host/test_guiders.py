@@ -145,10 +145,11 @@ def test_a_guider_without_hooks_is_noticed(tiny_model, tiny_cond, caplog, strict
         assert sum("BypassingGuider" in r.message for r in caplog.records) == 1  # once per run
 
 
+@pytest.mark.parametrize("redirect", ["both", "condition"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_code_without_guiders_is_noticed(tiny_model, tiny_cond, monkeypatch, caplog, strict):
+def test_code_without_guiders_is_noticed(tiny_model, tiny_cond, monkeypatch, caplog, strict, redirect):
     known = KnownRedirection(monkeypatch)
-    model = apply_hgr(tiny_model, strict=strict)
+    model = apply_hgr(tiny_model, strict=strict, redirect=redirect)
 
     class Foreign(comfy.samplers.CFGGuider):
         """Prepares as core does, then calls the sampling function with the MODEL's own options."""
@@ -167,4 +168,6 @@ def test_code_without_guiders_is_noticed(tiny_model, tiny_cond, monkeypatch, cap
             guide(guider, Once())
     else:
         guide(guider, Once())
-        assert known.count == 1 and any("bypasses" in r.message for r in caplog.records)
+        assert known.count == (redirect == "both")
+        (notice,) = [r.message for r in caplog.records if "bypasses" in r.message]
+        assert ("nothing is" in notice) == (redirect == "condition")

@@ -223,6 +223,16 @@ def test_other_settings_do_not_continue_a_training(demo):
     train(demo, seed=4, resume=False)
 
 
+def test_beginning_again_does_not_cost_what_cannot_be_replaced(demo):
+    """A finished file of that name, from other settings, is in the way: that is said before anything is deleted."""
+    train(demo)
+    folder = recording_folder("mine")
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(hgr_models.HGRError, match="exists and comes from another training"):
+        train(demo, resume=False, guidance_steps=5)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_a_foreign_file_in_the_folder_is_not_deleted(demo):
     folder = recording_folder("mine")
     folder.mkdir(parents=True)
