@@ -117,8 +117,10 @@ def check_family(model, info: hgr_models.HGRInfo) -> None:
 def base_of_model(model) -> str:
     """The fingerprint of a MODEL's weights, without those that a LoRA or another patch changes."""
     patched = {str(key).removeprefix("diffusion_model.") for key in model.patches}
+    # What another clone's LoRA has changed in the shared weights, as it was before.
+    before = {str(key).removeprefix("diffusion_model."): kept.weight for key, kept in model.backup.items()}
     weights = model.model.diffusion_model.state_dict()
-    return hgr_models.fingerprint({k: v for k, v in weights.items() if k not in patched})
+    return hgr_models.fingerprint({k: before.get(k, v) for k, v in weights.items() if k not in patched})
 
 
 def other_base(model, info: hgr_models.HGRInfo) -> str | None:

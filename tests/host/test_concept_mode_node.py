@@ -74,3 +74,17 @@ def test_another_base_is_warned_of(tiny_model, caplog):
     name, weight = next((k, w) for k, w in tiny_model.model.state_dict().items() if k.endswith("attn2.to_k.weight"))
     assert patched.add_patches({name: ("diff", (torch.ones_like(weight),))})
     assert len(other_base_warnings(patched, base, caplog)) == 1
+
+
+def test_a_lora_in_another_clone_is_no_other_base(tiny_model):
+    """Clones share their weights, which hold a LoRA for as long as core leaves it there."""
+    base, weights = base_of_model(tiny_model), tiny_model.model.state_dict()
+    patched = tiny_model.clone()
+    patched.add_patches({k: (torch.ones_like(v),) for k, v in weights.items() if k.startswith("diffusion_model.")}, 1.0)
+    before = weights["diffusion_model.out.2.bias"].clone()
+    patched.patch_model()
+    try:
+        assert not torch.equal(tiny_model.model.state_dict()["diffusion_model.out.2.bias"], before)
+        assert base_of_model(tiny_model) == base
+    finally:
+        patched.unpatch_model()
