@@ -27,7 +27,7 @@ from .hgr_data import BATCH, prompt_tensors
 
 OUT = WEIGHTS.parents[1] / "hgr_models" / "weights" / "demo.safetensors"
 CALIBRATION_PROMPTS, CALIBRATION_RUNS = 4000, 800
-FALSE_POSITIVE_RATE = 0.003  # per picture, both networks and all categories together
+FALSE_POSITIVE_RATE = 0.0015  # per picture, both networks and all categories together
 PICTURE_RATE = 0.008  # of finished pictures that are looked at
 LEVELS = (-3.5, -1.0, 1.5)  # of -2 ln sigma: sigma 5.8, 1.6, 0.47
 
