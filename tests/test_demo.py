@@ -1,6 +1,7 @@
 """The demo world without its weights: scenes, captions, pairs, tokens, the sampler."""
 
 import importlib
+import inspect
 import random
 
 import numpy as np
@@ -137,11 +138,17 @@ def test_items_know_their_harm():
     assert item.harmful == {"knife"} and item.rest == {"apple"}
 
 
-@pytest.mark.parametrize("line", [["guidance", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["cooking"]])
+@pytest.mark.parametrize("line", [["condition", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["cooking"]])
 def test_train_refuses_what_it_cannot_do(line, capsys):
     with pytest.raises(SystemExit):
         train.arguments(line)
     assert "expected" in capsys.readouterr().err or line == ["cooking"]
+
+
+@pytest.mark.parametrize("part", ["diffusion", "guidance"])
+def test_train_goes_on_where_it_can(part):
+    assert train.arguments([part, "--resume"]).resume
+    assert "resume" in inspect.signature(importlib.import_module(f"demo.training.{part}").train).parameters
 
 
 def test_every_part_of_the_training_exists():

@@ -114,10 +114,12 @@ class FineTuneSafeLora(io.ComfyNode):
         pictures = gather_pictures(model, vae, *(lists[key] for key in LISTS), prompts)
         folder = session_folder(plan.name)
         session = LoraSession(plan, folder, speaker(), model, clip, hgr, prompts, pictures)
-        path = output_path(plan.name, session.identify())  # before anything is deleted
+        digest = session.identify()
         if not values["resume"]:
+            output_path(plan.name, digest)  # refuses before anything is deleted
             begin_again(folder)
         session.prepare()
+        path = output_path(plan.name, digest)
         return cls._outputs(session, session.train(), path, vae)
 
     @classmethod

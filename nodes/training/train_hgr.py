@@ -59,10 +59,12 @@ class TrainHGR(io.ComfyNode):
         plan = train_plan(name, train, widgets)
         session = open_session(plan, model, clip, prompts)
         path = output_path(name)
-        check_output(path, session.identify())  # before anything is deleted
+        digest = session.identify()
         if not resume:
+            check_output(path, digest)  # before anything is deleted
             begin_again(session.folder, keep_shards=model is None)
         session.prepare()
+        check_output(path, digest)
         hgr = session.train(session.record())
         hgr_models.save_hgr(path, hgr.cpu())
         drawn = to_tensor(session.draw())[None]
