@@ -28,8 +28,8 @@ HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 4000, 2000, 960  # the last in every 
 ROUNDS = (0.25, 0.45, 0.65, 0.8)  # of the steps: where runs that follow the redirector so far are added
 RESUMED_ROUNDS, RESUMED_RATE = (0.0, 0.35, 0.65), 1e-3  # of a training that goes on: its redirector has something to follow
 DISGUISED = 0.3  # of the harmful prompts
-# What a category weight of 1 counts as once training is over. On pairs that training may see (200 pictures), turning a little less
-# than all the way kept 2 points more of what is not harmful, and left 1 point more of what is.
+# What a category weight of 1 counts as once training is over. On 200 pictures of pairs that training may see, 0.8 kept 2 points more
+# of what is not harmful than 1 and left 1 point more of what is; at 0.7 some pictures fell apart.
 RESPONSE = 0.85
 
 
