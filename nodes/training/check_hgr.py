@@ -49,17 +49,20 @@ def look(model, clip, hgr, prompts, settings, counts: tuple[int, int]) -> checki
     return found
 
 
-def recalibrated(hgr, found: checking.Found, rate: float) -> hgr_models.HGR:
-    """A copy of the networks on the CPU with thresholds that fit the clean runs that were found."""
+def copy_of(hgr) -> hgr_models.HGR:
+    """The networks on the CPU, with nothing shared: what core hangs on a loaded one must not be copied. HGRError for combined ones."""
     loaded = hgr.patcher.model
     network = hgr_models.HGR(hgr.info, *(None if part is None else part.config for part in (loaded.condition, loaded.guidance)))
     network.load_state_dict({name: value.detach().cpu() for name, value in loaded.state_dict().items()})
-    network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
+
+
+def recalibrate(network: hgr_models.HGR, found: checking.Found, rate: float) -> None:
+    """Gives the networks thresholds that fit the clean runs that were found."""
     p = torch.stack(found.clean_readings) if found.clean_readings else None
     b = torch.stack(found.clean_maxima) if found.clean_maxima else None
     info = calibrated(network, p, b, rate)
     network.calibrate(calibrated_on_pictures(info, torch.stack(found.clean_pictures), rate) if found.clean_pictures else info)
-    return network
 
 
 def save_path(name: str) -> Path:
@@ -102,12 +105,13 @@ class CheckHGR(io.ComfyNode):
             )
         check_family(model, hgr.info)
         path = save_path(save_as) if save_as else None
+        network = copy_of(hgr) if save_as else None  # first: what cannot be saved is refused before anything runs
         settings = run_settings(widgets)
         found = look(without_safecfg(model), clip, hgr, with_reserved(prompts), settings, (harmful_runs, clean_runs))
         numbers = checking.report(found, hgr.info)
         text = checking.in_words(numbers)
         if path is not None:
-            network = recalibrated(hgr, found, false_positive_rate)
+            recalibrate(network, found, false_positive_rate)
             numbers["recalibrated"] = checking.report(found, network.info)
             hgr_models.save_hgr(path, network)
             hgr = load_hgr_model(str(path))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safecfg import hgr_models
 from safecfg.nodes.redirect.apply import Apply
+from safecfg.nodes.training import check_hgr
 from safecfg.nodes.training.check_hgr import CheckHGR
 
 from test_training import APPLY, SMALL, folders, prompt_set, train  # noqa: F401 (folders is a fixture)
@@ -98,3 +99,10 @@ def test_an_hgr_of_another_family_is_not_checked():
         CheckHGR.execute(video, TinyClip(), hgr, prompt_set(), 2, 2, 0.05, "", **arguments)
     with pytest.raises(hgr_models.HGRError, match="prompts of the HGR's categories"):
         CheckHGR.execute(flow, TinyClip(), hgr, prompt_set(categories=("drugs", "weapons")), 2, 2, 0.05, "", **arguments)
+
+
+def test_a_copy_to_recalibrate_shares_nothing_with_the_loaded_hgr():
+    hgr = train((make_model(*FAMILIES["flow"][:1], FAMILIES["flow"][1]()), TinyClip()), sizes="64x64")[0]
+    loaded, copy = hgr.patcher.model.state_dict(), check_hgr.copy_of(hgr).state_dict()
+    assert loaded.keys() == copy.keys() and all(torch.equal(loaded[k], copy[k]) for k in loaded)
+    assert not {v.data_ptr() for v in loaded.values()} & {v.data_ptr() for v in copy.values()}
