@@ -28,7 +28,7 @@ from demo import world
 from demo.__main__ import HGR_FILE, plain_values
 from demo.files import WEIGHTS
 from demo.judge import Judge
-from demo.pipeline import LATENT_SHAPE, DemoModel
+from demo.pipeline import LATENT_SHAPE, DemoModel, add_device_option
 from demo.safecfg import generate
 from hgr_models import HGRError, file_hash, load_hgr
 from hgr_models.condition import robust_units
@@ -68,6 +68,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--radius", type=float, default=RADIUS, metavar="X", help=f"of the ball, in standard deviations per channel ({RADIUS})"
     )
+    add_device_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures; those in it are not measured again")
     args = parser.parse_args(line)
     args.budgets = sorted(set(args.budgets))
@@ -97,15 +98,15 @@ class Attack:
     """Fills a file of figures, arm by arm and budget by budget."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.model, (self.judge, about) = args, DemoModel.load(), Judge.load()
+        self.args, self.model, (self.judge, about) = args, DemoModel.load(args.device), Judge.load(args.device)
         self.model.unet.requires_grad_(False)
         items = e.items(KIND, args.images, args.seed)
         harmful, self.safe = (self.model.encode(each) for each in ([i.prompt for i in items], [safe_prompt(i) for i in items]))
         seeds = [args.seed * 100_003 + i for i in range(args.images)]  # as in `evaluate.draw`
         noise = torch.stack([torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        self.scene = Scene(harmful, harmful, noise, spread_of(self.model), args.steps, args.cfg)
+        self.scene = Scene(harmful, harmful, noise.to(args.device), spread_of(self.model), args.steps, args.cfg)
         facts = {"n": args.images, "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "restarts": args.restarts}
-        facts |= {"radius": args.radius, "attack_steps": args.attack_steps, "judge": about}
+        facts |= {"device": args.device, "radius": args.radius, "attack_steps": args.attack_steps, "judge": about}
         facts["weights"] = {name.stem: file_hash(name) for name in sorted(WEIGHTS.glob("*.safetensors"))}
         self.results = tables.load_results(args.json, facts)
         self.plain_run: list = []  # recorded once for all arms
@@ -192,7 +193,7 @@ def make_arms(args: argparse.Namespace) -> dict[str, Arm]:
     """The arms that were asked for."""
     arms = {"plain": Arm(), SAFE_START: Arm(about={"start": "the safe partner's tokens"})}
     arms |= {name: peer(setting) for name, setting in CHOSEN.items()}
-    hgr, about = load_hgr(args.hgr), {"hgr": file_hash(args.hgr)}
+    hgr, about = load_hgr(args.hgr).to(args.device), {"hgr": file_hash(args.hgr)}
     arms |= {name: Arm(guard, about={**about, "arm": name}) for name, guard in redirections(hgr).items() if name in OURS}
     return {name: arms[name] for name in ARMS if name in args.arms}
 

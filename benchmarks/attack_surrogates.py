@@ -111,7 +111,7 @@ class SafeCFG(Plain):
         if remember:
             weights = torch.maximum(weights, facts["flagged"])
         a, r = hgr.guidance.correct(reading, weights)
-        change = _rows(n, r) * (r - _rows(a, r) * direction)
+        change = _rows(n, r) * (r - a * direction)
         return cond + _rows(self._opened(weights), r) * change, quiet
 
     def _opened(self, weights: Tensor) -> Tensor:

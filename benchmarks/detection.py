@@ -82,7 +82,10 @@ def heat_ratio(model: DemoModel, hgr: HGR, of: Pictures, tokens: Tensor | None) 
 
 @torch.no_grad()
 def img2img(model: DemoModel, hgr: HGR, judge: Judge, harmful: Pictures, prompts: Tensor, seed: int) -> dict:
-    """Harmful pictures, noised and drawn again with clean prompts: does the detector see what is still there; is nothing turned?"""
+    """Harmful pictures, noised and drawn again with clean prompts: shares of pictures that the detector flags, and of runs turned.
+
+    The pictures are judged as they go in, with the clean prompt that hides their harm. Hardly any shows harm when it comes out.
+    """
     count = min(len(harmful.latents), len(prompts))
     sigmas = normal_schedule(round(STEPS / IMG2IMG))[-(STEPS + 1) :]
     noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
@@ -95,12 +98,11 @@ def img2img(model: DemoModel, hgr: HGR, judge: Judge, harmful: Pictures, prompts
         x = x + (x - (uncond + CFG * (cond - uncond))) / sigma * (following - sigma)
     excess = run_excess(hgr.condition.harmfulness(tokens), torch.stack(steps), sigmas[:-1], hgr)
     still = torch.tensor([any(harms_of(found)) for found in judge.names(model.decode(x))])
-    flagged = _flags(hgr, detection.detect(model, hgr, x, tokens).scores)
-    seen = None if flagged is None or not still.any() else flagged[still].double().mean().item()
+    flagged = _flags(hgr, detection.detect(model, hgr, harmful.latents[:count], tokens).scores)
     return {
-        "still_harmful": int(still.sum()),
-        "detected": seen,
+        "detected": None if flagged is None else flagged.double().mean().item(),
         "redirected": (excess > 0).any(dim=1).double().mean().item(),
+        "still_harmful": still.double().mean().item(),
         "n": count,
     }
 
@@ -185,6 +187,10 @@ def main() -> None:
     for key, value in results.items():
         if not isinstance(value, dict):
             print(f"  {key:30s} {value if value is None or isinstance(value, int) else format(value, '.4f')}")
+    print(
+        "  img2img                        "
+        + ", ".join(f"{k} {v if v is None else format(v, '.3g')}" for k, v in results["img2img"].items())
+    )
     for name in ("generation", *(f"{source} {setting}" for source in ("generated", "rendered") for setting in results[source])):
         source, _, setting = name.partition(" ")
         found = results[source][setting] if setting else results[source]

@@ -16,7 +16,7 @@ from demo import evaluate as e
 from demo import world
 from demo.__main__ import HGR_FILE
 from demo.judge import Judge
-from demo.pipeline import DemoModel
+from demo.pipeline import DemoModel, add_device_option
 from demo.safecfg import Redirection
 from hgr_models import HGR, CategorySettings, load_hgr, parse_categories
 
@@ -36,8 +36,9 @@ def redirections(hgr: HGR) -> dict[str, Redirection]:
 class Bench:
     """Draws sets of items under arms, each once."""
 
-    def __init__(self, images: int, seed: int, steps: int, cond_scale: float):
-        self.model, (self.judge, self.about), self.hgr = DemoModel.load(), Judge.load(), load_hgr(HGR_FILE)
+    def __init__(self, images: int, seed: int, steps: int, cond_scale: float, device: str, hgr: Path = HGR_FILE):
+        self.model, (self.judge, self.about) = DemoModel.load(device), Judge.load(device)
+        self.hgr = load_hgr(hgr).to(device)
         self.images, self.seed, self.steps, self.cond_scale = images, seed, steps, cond_scale
         self.arms = {"plain": None, **redirections(self.hgr)}
         self.results: dict[str, e.Rate] = {}
@@ -119,9 +120,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, metavar="N")
     parser.add_argument("--cfg", type=float, default=5.0, metavar="X")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--hgr", type=Path, default=HGR_FILE, metavar="FILE", help="the HGR under test (the demo's)")
+    add_device_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    bench = Bench(args.images, args.seed, args.steps, args.cfg)
+    bench = Bench(args.images, args.seed, args.steps, args.cfg, args.device, args.hgr)
     for part in args.parts:
         PARTS[part](bench)
     print(f"{args.images} pictures per figure, {args.steps} steps, cfg {args.cfg}; judge: {bench.about}")

@@ -27,7 +27,7 @@ from demo import prompts as p
 from demo import world
 from demo.__main__ import HGR_FILE, KINDS, figures, plain_values
 from demo.judge import Judge
-from demo.pipeline import LATENT_SHAPE, DemoModel
+from demo.pipeline import LATENT_SHAPE, DemoModel, add_device_option
 from demo.safecfg import Redirection
 from demo.sampling import input_scaling, normal_schedule, scale_input
 from hgr_models import CategorySettings, load_hgr, redirect_condition, redirect_guidance
@@ -66,7 +66,8 @@ class Oracle:
         self.condition = self
         self.tokens, partners = (model.encode([getattr(pair, name) for pair in pairs]) for name in ("prompt", "partner"))
         self.change = partners - self.tokens
-        self.harms = torch.tensor([[float(c in pair.harms) for c in world.CATEGORIES] for pair in pairs])
+        harms = [[float(c in pair.harms) for c in world.CATEGORIES] for pair in pairs]
+        self.harms = torch.tensor(harms, device=model.device)
 
     def _find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest known prompt of every row (B,), and whether it is that one; the batch size changes a prompt's last bits."""
@@ -106,9 +107,9 @@ def record(model: DemoModel, hgr, prompts: Sequence[str], follow: str, lora: LoR
     tokens, empty = texts[:-1], texts[-1:].expand(count, -1, -1)
     safe = redirect_condition(hgr, tokens, None, ON).tokens if follow == "safe" and hgr.condition is not None else tokens
     sigmas, shift = normal_schedule(RUN_STEPS + 1), torch.rand(1, generator=generator)
-    sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift) * sigmas[:-2] ** shift, sigmas[-1:]])
-    scale = CFG_RANGE[0] + (CFG_RANGE[1] - CFG_RANGE[0]) * torch.rand(count, 1, 1, 1, generator=generator)
-    x = torch.randn(count, *LATENT_SHAPE, generator=generator) * (1 + sigmas[0] ** 2) ** 0.5
+    sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift) * sigmas[:-2] ** shift, sigmas[-1:]]).to(tokens.device)
+    scale = CFG_RANGE[0] + (CFG_RANGE[1] - CFG_RANGE[0]) * torch.rand(count, 1, 1, 1, generator=generator).to(tokens.device)
+    x = torch.randn(count, *LATENT_SHAPE, generator=generator).to(tokens.device) * (1 + sigmas[0] ** 2) ** 0.5
     rows, held = [], None
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         level, both = sigma.expand(count), torch.cat([x, x])
@@ -121,12 +122,12 @@ def record(model: DemoModel, hgr, prompts: Sequence[str], follow: str, lora: LoR
             result = redirect_guidance(hgr, cond, uncond, scale_input(x, level), level, ON, held)
             cond, held = result.cond_denoised, result.weights
         x = x + (x - (uncond + scale * (cond - uncond))) / sigma * (following - sigma)
-    return Samples(*(torch.cat(column) for column in zip(*rows, strict=True)), texts)
+    return Samples(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)), texts.cpu())
 
 
 def train(model: DemoModel, hgr, prompts: Sequence[str], plan: Plan, title: str) -> tuple[LoRA, dict]:
     """A LoRA from prompts alone, and what training says about it. What `hgr` flags is all that it knows of harm."""
-    lora = new_lora(model.unet, plan.lora, plan.seed)
+    lora = new_lora(model.unet, plan.lora, plan.seed).to(model.device)
     training = LoraTraining(hgr, lora, ON, plan.steps, plan.seed, BATCH, plan.rate)
     generator, predict = torch.Generator().manual_seed(plan.seed), lambda x, sigma, tokens, *_: model.denoised(x, sigma, tokens)
     batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
@@ -152,12 +153,13 @@ def steps(training: LoraTraining, predict, until: int, title: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    model, (judge, about), hgr = DemoModel.load(), Judge.load(), load_hgr(HGR_FILE)
+    model, hgr = DemoModel.load(args.device), load_hgr(HGR_FILE).to(args.device)
+    judge, about = Judge.load(args.device)
     plan = Plan(args.runs, args.train_steps, args.rate, args.seed)
     pairs, results = training_pairs(plan.runs, plan.seed), {"n": args.images, "seed": args.seed, "judge": about}
     loras = {}
     if args.lora:
-        loras["safe_lora"] = lora_from(load_lora(args.lora)[0])
+        loras["safe_lora"] = lora_from(load_lora(args.lora)[0]).to(args.device)
     else:
         loras["safe_lora"], results["training"] = train(model, hgr, [pair.prompt for pair in pairs], plan, "safe LoRA")
     if args.out:
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4, metavar="X", help="peak learning rate (5e-4)")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="judge this LoRA instead of training one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the LoRA in this file")
+    add_device_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if min(args.images, args.steps, args.runs, args.train_steps) < 1:

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from demo import evaluate as e
 from demo import world
 from demo.__main__ import HGR_FILE, KINDS, figures, plain_values
+from demo.pipeline import add_device_option
 from hgr_models import HGRError, file_hash, load_hgr
 from hgr_models.lora import load_lora, lora_from
 
@@ -69,6 +70,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         "--condition-images", type=int, metavar="N", help="pictures per figure of that table (a quarter of --images)"
     )
     parser.add_argument("--tune", action="store_true", help="choose the peers' settings instead, on a validation split")
+    add_device_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures; those in it are not measured again")
     parser.add_argument("--out", type=Path, default=Path("out/safety"), metavar="DIR", help="the pictures (out/safety)")
     args = parser.parse_args(line)
@@ -87,9 +89,9 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace):
         seed, items = (args.seed + tuning.SEED, tuning.validation_items) if args.tune else (args.seed, e.items)
         self.args, self.main = args, Condition(args.steps, args.cfg)
-        self.pictures = Pictures(args.out, lambda kind, count: items(kind, count, seed), seed)
+        self.pictures = Pictures(args.out, lambda kind, count: items(kind, count, seed), seed, args.device)
         facts = {"split": "validation" if args.tune else "test", "n": args.images, "seed": args.seed, "steps": args.steps}
-        facts |= {"cfg": args.cfg, "judge": self.pictures.judge_about, "weights": self.pictures.weights}
+        facts |= {"device": args.device, "cfg": args.cfg, "judge": self.pictures.judge_about, "weights": self.pictures.weights}
         self.results = tables.load_results(args.json, facts)
 
     def test(self, arms: dict[str, Arm]) -> None:
@@ -140,11 +142,11 @@ def by_category(which: list[e.Item], drawn: e.Drawn) -> dict[str, e.Rate]:
 
 def make_arms(args: argparse.Namespace) -> dict[str, Arm]:
     """The arms that were asked for; plain CFG always, for the others are compared with it."""
-    hgr, about = load_hgr(args.hgr), {"hgr": file_hash(args.hgr)}
+    hgr, about = load_hgr(args.hgr).to(args.device), {"hgr": file_hash(args.hgr)}
     arms = {"plain": Arm(), **{name: peer(setting) for name, setting in PEERS.items()}}
     arms |= {name: Arm(guard, about={**about, "arm": name}) for name, guard in redirections(hgr).items()}
     if args.lora:
-        arms[LORA] = Arm(lora=lora_from(load_lora(args.lora)[0]), about={"lora": file_hash(args.lora)})
+        arms[LORA] = Arm(lora=lora_from(load_lora(args.lora)[0]).to(args.device), about={"lora": file_hash(args.lora)})
     elif LORA in args.arms:
         print(f"{LORA}: left out. `python -m benchmarks.safe_lora --out FILE` trains one, --lora FILE judges it.")
     return {name: arm for name, arm in arms.items() if name in ("plain", *args.arms)}

@@ -78,6 +78,22 @@ CANDIDATES: dict[str, list[str]] = {
     "casg": grid("casg", *PARAMETERS),
 }
 
-# Made by `python -m benchmarks.safety --tune --images 10 --seed 0`: see `safety_tuning` for how it chooses.
-CHOSEN = {name: some[0] for name, some in CANDIDATES.items()}
-HARDEST = {name: some[0] for name, some in CANDIDATES.items()}
+# Made by `python -m benchmarks.safety --tune --images 100`: see `safety_tuning` for how it chooses.
+CHOSEN = {
+    "negative_prompt": "negative_prompt/names",  # none keeps enough
+    "sld_weak": "sld/weak/names",  # none keeps enough
+    "sld_medium": "sld/medium/names",  # none keeps enough
+    "sld_strong": "sld/strong/pictograms",  # none keeps enough
+    "sld_max": "sld/max/pictograms",  # none keeps enough
+    "sld": "sld/max_momentum/pictograms",  # none keeps enough
+    "casg": "casg/weak/names",
+}
+HARDEST = {
+    "negative_prompt": "negative_prompt/names",
+    "sld_weak": "sld/weak/names",
+    "sld_medium": "sld/medium/names",
+    "sld_strong": "sld/strong/pictograms",
+    "sld_max": "sld/max/pictograms",
+    "sld": "sld/max_momentum/pictograms",
+    "casg": "casg/max/pictograms",
+}

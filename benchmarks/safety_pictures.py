@@ -57,8 +57,8 @@ class Condition:
 class Pictures:
     """Draws what was not drawn before; `items(kind, count)` gives the prompts, `folder` keeps the pictures."""
 
-    def __init__(self, folder: Path, items: Callable[[str, int], list[e.Item]], seed: int):
-        self.model, (self.judge, self.judge_about) = DemoModel.load(), Judge.load()
+    def __init__(self, folder: Path, items: Callable[[str, int], list[e.Item]], seed: int, device: str = "cpu"):
+        self.model, (self.judge, self.judge_about) = DemoModel.load(device), Judge.load(device)
         self.weights = {name.stem: file_hash(name) for name in sorted(WEIGHTS.glob("*.safetensors"))}
         self.folder, self.items, self.seed = folder, items, seed
 
@@ -66,6 +66,7 @@ class Pictures:
         """`count` pictures of a kind, kept in a folder `place`; of them, `pictures` holds only the first SHOWN."""
         path = self._path(place, name, kind)
         facts = {"about": arm.about, "condition": asdict(condition), "n": count, "seed": self.seed, "weights": self.weights}
+        facts["device"] = self.model.device.type  # another one computes other last bits
         if (drawn := _kept(path, facts)) is None:
             tokens = self.model.encode([item.prompt for item in self.items(kind, count)])
             total = -(-count // e.BATCH) * condition.steps
@@ -88,18 +89,26 @@ class Pictures:
 
     @torch.no_grad()
     def time_ratio(self, arm: Arm, condition: Condition, kinds: tuple[str, str], count: int) -> float:
-        """CPU time of an arm's runs in units of plain CFG's, a few pictures each: the median of runs that take turns."""
+        """Time of an arm's runs in units of plain CFG's, a few pictures each: the median of runs that take turns."""
         items = [item for kind in kinds for item in self.items(kind, count)[:TIMED]]
         tokens = self.model.encode([item.prompt for item in items])
-        noise = torch.randn(len(items), *condition.shape, generator=torch.Generator().manual_seed(self.seed))
+        noise = torch.randn(len(items), *condition.shape, generator=torch.Generator().manual_seed(self.seed)).to(
+            self.model.device
+        )
 
         def seconds(of: Arm) -> float:
-            started = time.process_time()  # what other programs do, or that this one is paused, does not count
+            started = self._clock()
             with of.attached(self.model):
                 generate(self.model, tokens, noise, condition.steps, condition.cfg, of.guard, negative=of.negative)
-            return time.process_time() - started
+            return self._clock() - started
 
         return statistics.median(seconds(arm) / seconds(Arm()) for _ in range(REPEATS))
+
+    def _clock(self) -> float:
+        if self.model.device.type == "cpu":
+            return time.process_time()  # what other programs do, or that this one is paused, does not count
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def _keep(path: Path, facts: dict, drawn: e.Drawn) -> None:

@@ -13,7 +13,7 @@ from hgr_models import CategorySettings, HGRError, load_hgr
 from . import evaluate as e
 from . import world
 from .judge import Judge
-from .pipeline import DemoModel
+from .pipeline import DemoModel, add_device_option
 from .safecfg import Redirection
 
 HGR_FILE = Path(__file__).parents[1] / "hgr_models" / "weights" / "demo.safetensors"
@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of prompts and noise (default: 0)")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="sampling steps (default: 25)")
     parser.add_argument("--cfg", type=float, default=5.0, metavar="X", help="cond_scale (default: 5)")
+    add_device_option(parser)
     args = parser.parse_args()
     if args.images < 1 or args.steps < 1:
         parser.error(f"expected at least one image and one step, but got --images {args.images} --steps {args.steps}")
@@ -38,7 +39,8 @@ def arguments() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> tuple[dict, dict[str, dict[str, e.Drawn]], dict[str, list[e.Item]]]:
     """The figures of both arms, with everything they were drawn from."""
-    model, (judge, judge_about), hgr = DemoModel.load(), Judge.load(), load_hgr(HGR_FILE)
+    model, hgr = DemoModel.load(args.device), load_hgr(HGR_FILE).to(args.device)
+    judge, judge_about = Judge.load(args.device)
     redirections = {"plain": None, "safecfg": Redirection(hgr, CategorySettings((1.0,) * len(world.CATEGORIES)))}
     which = {kind: e.items(kind, args.images, args.seed) for kind in KINDS}
     batches = -(-args.images // e.BATCH)

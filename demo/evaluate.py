@@ -89,10 +89,11 @@ def draw(
     latents, started = [], time.perf_counter()
     with counted_rows(model) as rows_seen:
         for rows, start in zip(tokens.split(BATCH), noise.split(BATCH), strict=True):
-            latents.append(generate(model, rows, start.to(rows.device), steps, cond_scale, guard, progress, negative))
+            run = generate(model, rows, start.to(rows.device), steps, cond_scale, guard, progress, negative)
+            latents.append(run.cpu())  # also waits for a GPU
     seconds = (time.perf_counter() - started) / (len(tokens) * steps)
-    pictures = torch.cat([model.decode(part) for part in torch.cat(latents).split(BATCH)]).cpu()
-    return Drawn(torch.cat(latents).cpu(), pictures, judge.names(pictures), seconds, sum(rows_seen) / (len(tokens) * steps))
+    pictures = torch.cat([model.decode(part.to(model.device)).cpu() for part in latents])
+    return Drawn(torch.cat(latents), pictures, judge.names(pictures), seconds, sum(rows_seen) / (len(tokens) * steps))
 
 
 @contextmanager

@@ -40,13 +40,15 @@ class Judge(nn.Module):
         return places.flatten(2).logsumexp(dim=2) - 3.0  # local evidence, so that a small pictogram counts in full
 
     @classmethod
-    def load(cls) -> tuple["Judge", dict]:
+    def load(cls, device: str = "cpu") -> tuple["Judge", dict]:
         """The shipped judge and its metadata (`exact`: share of held-out scenes with exactly the right pictograms)."""
         judge = cls()
-        return judge, load_module(judge, "judge")
+        about = load_module(judge, "judge")
+        return judge.to(device), about
 
     @torch.no_grad()
     def names(self, pictures: Tensor) -> list[set[str]]:
         """The names of the pictograms found in pictures (B, 3, 128, 128) in [0, 1]."""
-        present = torch.cat([self(p * 2 - 1) > 0 for p in pictures.split(64)])
+        device = self.head.weight.device
+        present = torch.cat([self(p.to(device) * 2 - 1) > 0 for p in pictures.split(64)])
         return [{world.NAMES[i] for i in row.nonzero()[:, 0].tolist()} for row in present]

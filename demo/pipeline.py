@@ -1,5 +1,6 @@
 """The demo model as one object: prompts to tokens, tokens to latents, latents to pictures."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,12 @@ from .unet import UNet, UNetConfig
 from .words import Vocabulary, chunks, tokenize
 
 LATENT_SHAPE = (4, 16, 16)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device` of a command: where its networks run."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best, metavar="NAME", help=f"where the networks run: cpu or cuda (here: {best})")
 
 
 @dataclass

@@ -8,7 +8,7 @@ only a change of the world needs them.
 import argparse
 import importlib
 
-import torch
+from .pipeline import add_device_option
 
 STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "condition": 2400, "guidance": 9000}
 PARTS = tuple(STEPS)
@@ -18,7 +18,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
     parser.add_argument("part", choices=(*PARTS, "all"))
     parser.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {STEPS})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--resume",

@@ -117,12 +117,12 @@ class CombinedGuidance(Parts):
         return CombinedReading(*joined, first.features, first.embedding, first.size, first.frames, first, inputs)
 
     def correct(self, reading: CombinedReading, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Attenuation (B, 1) and residual (B, C, *spatial), float32, of all flagged networks together."""
+        """Attenuation (B, 1, *spatial) and residual (B, C, *spatial), float32, of all flagged networks together."""
         direction, x_in, uncond_denoised, log_snr, log_norm = reading.inputs
-        a, r = direction.new_zeros(len(direction), 1), torch.zeros_like(direction)
+        a, r = torch.zeros_like(direction[:, :1]), torch.zeros_like(direction)
         done = torch.zeros(len(direction), dtype=torch.bool, device=direction.device)
         for index, (network, own, flagged) in enumerate(self.weighted(weights)):
-            left, size = direction + (r - _rows(a, r) * direction), torch.ones_like(log_norm)
+            left, size = direction + (r - a * direction), torch.ones_like(log_norm)
             if index == 0:
                 found = reading.first
             else:
@@ -131,9 +131,9 @@ class CombinedGuidance(Parts):
                 found = network.read(left, x_in, uncond_denoised, log_snr, log_norm + size.log())
             own_a, own_r = network.correct(found, own)
             alone, again = flagged & ~done, flagged & done
-            after = _rows(size, r) * (left + own_r - _rows(own_a, r) * left)
+            after = _rows(size, r) * (left + own_r - own_a * left)
             r = torch.where(_rows(again, r), after - direction, torch.where(_rows(alone, r), own_r, r))
-            a = torch.where(again[:, None], 0.0, torch.where(alone[:, None], own_a, a))
+            a = torch.where(_rows(again, a), 0.0, torch.where(_rows(alone, a), own_a, a))
             done = done | flagged
         return a, r
 

@@ -77,10 +77,10 @@ def guidance_losses(
     keep = has_direction.view(-1, *[1] * (points.x.ndim - 1))
     cond = points.uncond_denoised + keep * (points.cond_denoised - points.uncond_denoised)
     direction, n, reading = read_guidance(network, cond, points.uncond_denoised, x_in, points.sigma)
-    a, r = network.correct(reading, weights)
+    a, r = network.correct(reading, weights, elsewhere=1.0)
     view = lambda t: t.view(-1, *[1] * (r.ndim - 1))  # noqa: E731
     wanted = (target - points.cond_denoised) / view(n)  # in units of n
-    error = mean_square(r - view(a) * direction - wanted) * has_direction
+    error = mean_square(r - a * direction - wanted) * has_direction
     b = F.binary_cross_entropy_with_logits(reading.direction_logits, harms, reduction="none").mean(dim=1) * has_direction
     q = F.binary_cross_entropy_with_logits(reading.picture_logits, points.shown, reduction="none").mean(dim=1)
     return error, b.sum() / has_direction.sum().clamp(min=1), q.mean(), reading.direction_logits

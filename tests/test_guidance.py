@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import small_hgr
 from hgr_models import CategorySettings, redirect_guidance
 from hgr_models.guidance import _pool, averaged_by_axis
+from hgr_models.losses import guidance_losses
+from hgr_models.recording import Points
 
 ALL = CategorySettings((1.0, 1.0), -1.0)
 
@@ -63,3 +65,23 @@ def test_averaging_axis_by_axis_is_torch_s(length):
     video = torch.randn(2, 3, *length)
     size = [min(n, m) for n, m in zip(length, (4, 8, 8), strict=True)]
     assert_close(averaged_by_axis(video, size), torch.nn.functional.adaptive_avg_pool3d(video, size))
+
+
+def test_what_is_far_from_the_harm_changes_less():
+    network = small_hgr().guidance
+    reading = network.read(*torch.randn(3, 1, 4, 16, 16), torch.zeros(1), torch.zeros(1))
+    reading.places = torch.full_like(reading.places, -9.0)
+    reading.places[:, 0, :, 1, 1], reading.places[:, 1, :, 6, 6] = 9.0, 9.0
+    whole, some = (network.correct(reading, torch.tensor([[1.0, 0.0]]), elsewhere)[1] for elsewhere in (1.0, 0.5))
+    assert_close(some[..., :6, :6], whole[..., :6, :6], rtol=1e-3, atol=1e-4)  # the harm's place, and those beside it
+    assert_close(some[..., 6:, 6:], whole[..., 6:, 6:] / 2, rtol=1e-2, atol=1e-3)  # harm of a category that is not flagged
+
+
+def test_training_teaches_the_whole_change(monkeypatch):
+    hgr, seen = small_hgr(), []
+    correct = hgr.guidance.correct
+    monkeypatch.setattr(hgr.guidance, "correct", lambda *args, **named: seen.append(named) or correct(*args, **named))
+    like = torch.randn(1, 4, 8, 8)
+    points = Points(like, torch.ones(1), torch.ones(1), 0 * like, like, like, torch.zeros(1, 2), torch.arange(1))
+    guidance_losses(hgr.guidance, points, torch.zeros(1, 2), torch.ones(1, 2), like, torch.ones(1))
+    assert seen == [{"elsewhere": 1.0}]

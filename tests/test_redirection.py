@@ -26,7 +26,7 @@ class FixedReading:
 
     def correct(self, reading, weights):
         ones = torch.ones_like(self.like)
-        return weights[:, 1:] / 2, 2 * ones * weights[:, 0].view(-1, 1, 1, 1)
+        return weights[:, 1:].view(-1, 1, 1, 1) / 2 * ones[:, :1], 2 * ones * weights[:, 0].view(-1, 1, 1, 1)
 
 
 def test_weights_are_a_hard_gate():

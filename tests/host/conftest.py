@@ -1,4 +1,4 @@
-"""Makes this process a ComfyUI one (CPU, a temporary base directory), with the pack loaded as `safecfg`."""
+"""Makes this process a ComfyUI one (CPU, with COMFYUI_GPU=1 a GPU; a temporary base directory), with the pack loaded as `safecfg`."""
 
 import atexit
 import importlib.util
@@ -21,7 +21,8 @@ def _start_comfy() -> None:
     base = tempfile.mkdtemp(prefix="safecfg-base-")
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     sys.path.insert(0, str(HOST))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", base]
+    device = [] if os.environ.get("COMFYUI_GPU") == "1" else ["--cpu"]
+    arguments, sys.argv = sys.argv, ["main.py", *device, "--base-directory", base]
     try:
         import comfy.options
 
