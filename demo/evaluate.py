@@ -120,6 +120,8 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
+        if not self.n:
+            return 0.0, 1.0
         z, n, v = 1.96, self.n, self.value
         middle = (v + z * z / (2 * n)) / (1 + z * z / n)
         half = z * (v * (1 - v) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
