@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from comfy_hosts import NO_HOST, OUTCOMES, TALLY, Host, count_by_host, describe, find_hosts
+from inner_runs import InnerRun
 
 # These run inside a host's Python, started by test_hosts.py.
 collect_ignore = ["host"]
@@ -21,6 +22,21 @@ def host(request) -> Host:
     if not found.python.is_file():
         pytest.fail(f"{found.path} has no Python at {found.python}: set COMFYUI_PATH and COMFYUI_PYTHON.")
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def inner_runs(request, tmp_path_factory):
+    """All selected files of tests/host in one process per host, from the first test on: starting ComfyUI costs more than most tests.
+
+    One thread each, behind the tests that run here: those often wait for a server.
+    """
+    params = [item.callspec.params for item in request.session.items if "inner" in getattr(item, "fixturenames", ())]
+    hosts = {p["host"].name: p["host"] for p in params if p["host"] is not None and p["host"].python.is_file()}
+    files = {name: [p["inner"] for p in params if p["host"] == host] for name, host in hosts.items()}
+    runs = {name: InnerRun(host, files[name], tmp_path_factory.mktemp("inner")) for name, host in hosts.items()}
+    yield runs
+    for run in runs.values():
+        run.stop()
 
 
 def pytest_configure(config):

@@ -66,7 +66,7 @@ def start(comfyui: Path, device: torch.device, *options: str) -> None:
     comfyui = Path(comfyui).resolve()
     if not (comfyui / "main.py").is_file():
         raise ValueError(f"There is no ComfyUI in {comfyui}. Give the folder that has its main.py.")
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)  # core takes the current one
     sys.path.insert(0, str(comfyui))  # before the working directory, whose `nodes` is another
     line, sys.argv = sys.argv, ["main.py", *options, *(["--cpu"] if device.type == "cpu" else [])]
