@@ -43,7 +43,9 @@ def pytest_configure(config):
     config.stash[TALLY] = []
 
 
+@pytest.hookimpl(trylast=True)  # after pytest has put the tests of a host together
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "inner" in getattr(item, "fixturenames", ()))  # these wait for what runs beside the others
     for item in items:
         if "host" in item.fixturenames:
             item.add_marker("host")
