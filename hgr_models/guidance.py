@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import start_at_zero
+from .redirection import _rows
 
 GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
 FRAMES = 4
@@ -178,11 +179,6 @@ def _near(reading: Reading, weights: Tensor, elsewhere: float) -> Tensor:
     near = elsewhere + (1 - elsewhere) * near
     height, width = reading.size
     return F.interpolate(near, scale_factor=2, mode="nearest")[:, None, ..., :height, :width]
-
-
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    """(B, 1) as (B, 1, *ones), for arithmetic with a tensor of more dimensions."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def _averaged(video: Tensor, size: list[int]) -> Tensor:
