@@ -10,7 +10,7 @@ import importlib
 
 from .pipeline import add_device_option
 
-STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "condition": 2400, "guidance": 9000}
+STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "condition": 2400, "guidance": 9000, "reading": 400}
 PARTS = tuple(STEPS)
 
 

@@ -101,12 +101,12 @@ def calibrated(hgr: HGR, prompts: Tensor | None, runs: Tensor | None, rate: floa
     """
     info, proof = hgr.info, {"rate": rate}
     if prompts is not None:
-        p = joint_thresholds(prompts, CONDITION_SHARE * rate if runs is not None else rate, lowest)
+        p = joint_thresholds(prompts, CONDITION_SHARE * rate if hgr.guidance is not None else rate, lowest)
         alarms = int((prompts > p).any(dim=1).sum())
         proof |= {"clean_prompts": len(prompts), "upper_bound_prompts": upper_bound(alarms, len(prompts))}
         info = replace(info, condition_thresholds=tuple(p.tolist()))
     if runs is not None:
-        b = joint_thresholds(runs, (1 - CONDITION_SHARE) * rate if prompts is not None else rate, lowest)
+        b = joint_thresholds(runs, (1 - CONDITION_SHARE) * rate if hgr.condition is not None else rate, lowest)
         alarms = int((runs > b).flatten(1).any(dim=1).sum())
         proof |= {"clean_runs": len(runs), "upper_bound_runs": upper_bound(alarms, len(runs))}
         info = replace(info, guidance_thresholds=tuple(tuple(row) for row in b.tolist()))

@@ -31,10 +31,15 @@ class ConditionObjective(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Error per point (B,), cross-entropy of the reading, the quiet loss, and the logits of all texts."""
         error = losses.condition_error(self.network, predict, points, prompts)
-        reads = [losses.prompt_loss(self.network, t.tokens, t.harms, t.pooled, t.mask) for t in texts]
-        read = sum(loss * len(t) for (loss, _), t in zip(reads, texts, strict=True)) / sum(map(len, texts))
+        read, logits = self.reading(texts)
         quiet = losses.quiet_loss(self.network, clean.tokens, alarm, clean.pooled, clean.mask)
-        return error, read, quiet, torch.cat([logits.detach() for _, logits in reads])
+        return error, read, quiet, logits
+
+    def reading(self, texts: list[Texts]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the reading of all texts, and their logits (N, K)."""
+        reads = [losses.prompt_loss(self.network, t.tokens, t.harms, t.pooled, t.mask) for t in texts]
+        loss = sum(loss * len(t) for (loss, _), t in zip(reads, texts, strict=True)) / sum(map(len, texts))
+        return loss, torch.cat([logits.detach() for _, logits in reads])
 
 
 class ConditionTraining(Training):
@@ -70,6 +75,17 @@ class ConditionTraining(Training):
         before = losses.unredirected_error(points).mean().item()
         harms = torch.cat([t.harms for t in texts])
         return StepReport(loss.item(), error.mean().item(), before, accuracies(logits, harms))
+
+    def only_reading(self) -> None:
+        """From now on only the last layer of the reading learns: the delta does not come through it and stays, bit for bit."""
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name.startswith(("read_norm", "read_head")))
+
+    def read_step(self, recording: Recording) -> float:
+        """One step of the reading alone, which needs no denoiser; its cross-entropy."""
+        loss, _ = self.objective.reading(self._texts(recording))
+        self.advance(loss)
+        return loss.item()
 
     @torch.no_grad()
     def error_on(self, held_out: Recording, predict: losses.PredictWith) -> float:

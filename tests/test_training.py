@@ -12,7 +12,7 @@ from hgr_models.train_condition import ConditionTraining
 from hgr_models.train_guidance import GuidanceTraining
 from hgr_models.training import disguise, learning_rate
 
-HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
+HARM, SAFE, OTHER, NEW = torch.eye(16)[:4] * 4.0  # four words
 
 
 def predict(x, sigma, tokens):
@@ -128,6 +128,33 @@ def test_training_learns_and_resumes_to_the_last_bit(tmp_path, kind):
     assert last.error < 0.7 * first.error and last.accuracy[0] > 0.9 and first.before > 0.3
     model = (predict_with,) if kind is ConditionTraining else ()
     assert through.error_on(Recording.open(tmp_path), *model) < 0.7 * first.error
+
+
+def test_reading_alone_learns_another_word_and_leaves_the_delta(tmp_path):
+    write_toy(tmp_path)
+    torch.manual_seed(1)
+    hgr = small_hgr(zero=True).requires_grad_(True)
+    training = ConditionTraining(hgr, 40, seed=3)
+    training.measure(Recording.open(tmp_path))
+    for _ in range(40):
+        training.train_step(Recording.open(tmp_path), predict_with)
+    training.finish()
+
+    def looked_at():
+        with torch.no_grad():
+            return hgr.condition.delta(word, None, torch.eye(2)[:1])[0], hgr.condition.harmfulness(word)[0, 1].item()
+
+    word = torch.stack([NEW, OTHER])[None]
+    texts = Texts(word.repeat(64, 1, 1), None, None, torch.tensor([[0.0, 1.0]] * 64))
+    write_texts(tmp_path / "more.safetensors", texts, {"seed": 0})
+    delta, p = looked_at()
+    again = ConditionTraining(hgr, 60, seed=4, rate=1e-2)
+    again.only_reading()
+    losses = [again.read_step(Recording.open(tmp_path)) for _ in range(60)]
+    again.finish()
+    after, read = looked_at()
+    assert delta.abs().max() > 0 and torch.equal(after, delta)
+    assert p < 0.9 < read and losses[-1] < 0.5 * losses[0]
 
 
 def eval_path(training, path):

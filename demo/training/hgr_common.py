@@ -94,8 +94,11 @@ def advance(title: str, training, steps: int, step: Callable[[], StepReport]) ->
                 bar.set_postfix(error=f"{report.error:.3f}", before=f"{report.before:.3f}", right=f"{right:.3f}")
 
 
-def calibrate(model: DemoModel, hgr: HGR, seed: int) -> HGRInfo:
-    """Thresholds of the networks that there are, from clean prompts and clean runs, with words that training never used."""
+def calibrate(model: DemoModel, hgr: HGR, seed: int, guidance: bool = True) -> HGRInfo:
+    """Thresholds of the networks that there are, from clean prompts and clean runs, with words that training never used.
+
+    Without `guidance` those of the guidance redirector stay.
+    """
     hgr.eval()
     rng, generator = random.Random(f"calibration {seed}"), torch.Generator().manual_seed(seed)
     tokens = model.encode([p.clean_pair(rng, p.harmless_words()[1], 0.3).prompt for _ in range(CALIBRATION_PROMPTS)])
@@ -107,6 +110,6 @@ def calibrate(model: DemoModel, hgr: HGR, seed: int) -> HGRInfo:
     prompts.negative_tokens = model.encode([""]).expand_as(prompts.tokens)
     runs, latents = clean_runs(model, hgr, prompts, generator)
     rendered, captions = clean_renders(model, len(latents), rng)
-    hgr.info = calibrated(hgr, prompts_read, runs.cpu(), FALSE_POSITIVE_RATE)
+    hgr.info = calibrated(hgr, prompts_read, runs.cpu() if guidance else None, FALSE_POSITIVE_RATE)
     scores = torch.cat([detect(model, hgr, latents, prompts.tokens).scores, detect(model, hgr, rendered, captions).scores])
     return calibrated_on_pictures(hgr.info, scores.cpu(), PICTURE_RATE)
