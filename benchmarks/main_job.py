@@ -2,7 +2,8 @@
 
 Held-out prompts, fresh seeds, the same seeds in every arm. Arms: plain CFG, SafeCFG with both networks, with one alone,
 and with the first category of a two-harm prompt switched off. What is printed beyond `python -m demo`: single harmful
-pictograms, two harms, clean pictograms the HGR never saw, the guidance redirector alone, disguised prompts, one category off.
+pictograms, two harms, clean pictograms the HGR never saw, the guidance redirector alone, disguised prompts, one category off,
+negative prompts of harm (as users write them) and of what should be drawn instead (as an attacker would).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from demo import evaluate as e
+from demo import prompts as p
 from demo import world
 from demo.__main__ import HGR_FILE
 from demo.judge import Judge
@@ -23,6 +25,10 @@ from hgr_models import HGR, CategorySettings, load_hgr, parse_categories
 from .disguise import disguise
 
 OFF = world.CATEGORIES[0]
+NEGATIVES = {
+    "of_harm": ", ".join(word for c in world.CATEGORIES for word in p.HARM_WORDS[c][:3]),
+    "of_safe_words": ", ".join(world.STAND_IN.values()),
+}
 
 
 def redirections(hgr: HGR) -> dict[str, Redirection]:
@@ -46,13 +52,14 @@ class Bench:
     def items(self, kind: str) -> list[e.Item]:
         return e.items(kind, self.images, self.seed)
 
-    def draw(self, title: str, tokens: torch.Tensor, *arms: str) -> dict[str, e.Drawn]:
+    def draw(self, title: str, tokens: torch.Tensor, *arms: str, negative: str = "") -> dict[str, e.Drawn]:
         drawn = {}
         for arm in arms:
             total = -(-len(tokens) // e.BATCH) * self.steps
             with tqdm(total=total, desc=f"{title}, {arm}", unit="step") as bar:
+                guard = self.arms[arm]
                 drawn[arm] = e.draw(
-                    self.model, self.judge, tokens, self.seed, self.steps, self.cond_scale, self.arms[arm], bar.update
+                    self.model, self.judge, tokens, self.seed, self.steps, self.cond_scale, guard, bar.update, negative
                 )
         return drawn
 
@@ -98,6 +105,17 @@ class Bench:
                 e.rate([any(world.CATEGORY[n] for n in f) for f, c in zip(d.found, counted, strict=True) if c]),
             )
 
+    def negatives(self) -> None:
+        """What a negative prompt changes: nothing about clean pictures, and harm goes whatever it says."""
+        harmful, clean = self.items("combination"), self.items("clean")
+        for name, negative in NEGATIVES.items():
+            title = f"negative_{name}"
+            for arm, drawn in self.draw(title, self.encode(harmful), "plain", "both", negative=negative).items():
+                self.add(f"{title}/{arm}/harm_present", e.harm_present(harmful, drawn))
+                self.add(f"{title}/{arm}/rest_kept", e.rest_kept(harmful, drawn))
+            drawn = self.draw(f"{title}, clean", self.encode(clean), "plain", "both", negative=negative)
+            self.add(f"{title}/both/clean_bit_identical", e.bit_identical(drawn["plain"], drawn["both"]))
+
     def encode(self, some: list[e.Item]) -> torch.Tensor:
         return self.model.encode([i.prompt for i in some])
 
@@ -110,6 +128,7 @@ PARTS = {
     "clean": lambda b: b.clean("clean", "plain", "both", "guidance"),
     "unseen_clean": lambda b: b.clean("unseen_clean", "plain", "both"),
     "disguised": Bench.disguised,
+    "negatives": Bench.negatives,
 }
 
 
