@@ -9,19 +9,24 @@ from .detection import Seen, detect, prompt_scores
 from .hgr import HGR, HGRInfo
 from .recording import Points
 from .redirection import log_snr_of, read_guidance
-from .shards import Texts
+from .shards import HARMFUL, Recording, Texts
 
+HARMFUL_TEXTS = 512  # that are read to know how far harmful prompts are
 TAIL = 0.1  # of the clean samples: the part whose shape says how rare a high reading is
+MISSED = 0.05  # of the harmful readings: those below are not what a margin is measured to
 CONDITION_SHARE = 0.2  # of the false positives; prompts are many and cheap, so their readings part better than those of runs
 
 
-def joint_thresholds(clean: Tensor, rate: float, lowest: float) -> Tensor:
+def joint_thresholds(clean: Tensor, rate: float, lowest: float, harmful: Tensor | None = None) -> Tensor:
     """Thresholds (*cells) such that about `rate` of the clean samples (N, *cells), in [0, 1], exceed any of them.
 
     A cell is a category, or a category at a noise level. In log odds every cell is measured in units of its own upper tail
     (above the quantile 1 - TAIL, in mean excesses), which makes cells alike; then one quantile of the largest cell of each
     sample serves them all. Thresholds per cell at rate / cells would be maxima of the sample: too high where a picture is
     flagged in several cells at once, and no estimate of anything.
+
+    A sample that is too small to show so rare a reading gets a margin above its maximum: one mean excess, but no more than
+    half of the way to the `harmful` readings (M, *cells), which are NaN where a sample does not show the cell's harm.
     """
     logits = torch.logit(clean.double(), eps=1e-9)
     start = logits.quantile(1 - TAIL, dim=0)
@@ -30,9 +35,36 @@ def joint_thresholds(clean: Tensor, rate: float, lowest: float) -> Tensor:
     largest = ((logits - start) / unit).flatten(1).amax(dim=1)
     allowed = int(rate * len(clean))
     at = largest.sort(descending=True).values[allowed]
+    thresholds = start + at * unit
     if allowed == 0:
-        at = at + 1  # the sample is too small to show so rare a reading: one more mean excess
-    return (start + at * unit).sigmoid().clamp(lowest, 1 - 1e-6).float()
+        thresholds = _with_margin(logits.amax(dim=0), thresholds + unit, harmful)
+    return thresholds.sigmoid().clamp(lowest, 1 - 1e-6).float()
+
+
+def _with_margin(highest: Tensor, thresholds: Tensor, harmful: Tensor | None) -> Tensor:
+    """Thresholds (*cells) that are not beyond the middle between the highest clean readings and the harmful ones, in log odds."""
+    if harmful is None:
+        return thresholds
+    low = torch.logit(harmful.double(), eps=1e-9).nanquantile(MISSED, dim=0)
+    return torch.where(low > highest, torch.minimum(thresholds, (highest + low) / 2), thresholds)
+
+
+def only_shown(readings: Tensor, harms: Tensor) -> Tensor:
+    """Readings (N, ..., K) of harmful samples, NaN where a sample does not show a category, by harms (N, K), or has no step."""
+    hidden = harms.view(len(harms), *[1] * (readings.ndim - 2), -1) == 0
+    return readings.masked_fill(hidden | (readings == 0), torch.nan)
+
+
+def harmful_readings(hgr: HGR, recording: Recording, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """`only_shown` of what the networks read in a recording's harmful prompts (N, K) and runs (M, L, K); None without the network."""
+    p = b = None
+    if hgr.condition is not None:
+        texts = recording.draw_texts(True, HARMFUL_TEXTS, torch.Generator().manual_seed(0))
+        p = only_shown(prompt_readings(hgr, texts, device), texts.harms)
+    if hgr.guidance is not None:
+        shards = recording.of_kind(HARMFUL)
+        b = torch.cat([only_shown(run_maxima(hgr, s.runs(), device), s.prompts().harms) for s in shards])
+    return p, b
 
 
 @torch.no_grad()
@@ -93,20 +125,28 @@ def upper_bound(alarms: int, runs: int) -> float:
     return min(1.0, (center + z * (p * (1 - p) / runs + z * z / (4 * runs * runs)) ** 0.5) / (1 + z * z / runs))
 
 
-def calibrated(hgr: HGR, prompts: Tensor | None, runs: Tensor | None, rate: float, lowest: float = 0.02) -> HGRInfo:
+def calibrated(
+    hgr: HGR,
+    prompts: Tensor | None,
+    runs: Tensor | None,
+    rate: float,
+    lowest: float = 0.02,
+    harmful: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> HGRInfo:
     """`hgr.info` with thresholds from clean prompts (N, K) of `p`, and from clean runs (M, L, K): the largest `b` of each run
     per noise level. None leaves that network's thresholds as they are.
 
-    `rate` is the share of clean pictures that may be redirected, both networks and all categories together.
+    `rate` is the share of clean pictures that may be redirected, both networks and all categories together. `harmful` is what
+    both networks read in harmful prompts and runs, as in `harmful_readings`.
     """
     info, proof = hgr.info, {"rate": rate}
     if prompts is not None:
-        p = joint_thresholds(prompts, CONDITION_SHARE * rate if hgr.guidance is not None else rate, lowest)
+        p = joint_thresholds(prompts, CONDITION_SHARE * rate if hgr.guidance is not None else rate, lowest, harmful[0])
         alarms = int((prompts > p).any(dim=1).sum())
         proof |= {"clean_prompts": len(prompts), "upper_bound_prompts": upper_bound(alarms, len(prompts))}
         info = replace(info, condition_thresholds=tuple(p.tolist()))
     if runs is not None:
-        b = joint_thresholds(runs, (1 - CONDITION_SHARE) * rate if hgr.condition is not None else rate, lowest)
+        b = joint_thresholds(runs, (1 - CONDITION_SHARE) * rate if hgr.condition is not None else rate, lowest, harmful[1])
         alarms = int((runs > b).flatten(1).any(dim=1).sum())
         proof |= {"clean_runs": len(runs), "upper_bound_runs": upper_bound(alarms, len(runs))}
         info = replace(info, guidance_thresholds=tuple(tuple(row) for row in b.tolist()))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from . import training_state
-from .calibration import calibrated, calibrated_on_pictures, picture_readings, prompt_readings, run_maxima
+from .calibration import calibrated, calibrated_on_pictures, harmful_readings, picture_readings, prompt_readings, run_maxima
 from .checkpoint import save_hgr
 from .condition import ConditionConfig
 from .errors import HGRError
@@ -152,7 +152,8 @@ class Command:
             raise HGRError("There are no calibration runs among the shards. Record with `calibration_runs` of at least 1.")
         p = torch.cat([prompt_readings(hgr, t, self.device) for t in texts]) if hgr.condition else None
         b = torch.cat([run_maxima(hgr, shard.runs(), self.device) for shard in shards])
-        hgr.info = calibrated(hgr, p, b, self.args.false_positive_rate)
+        harmful = harmful_readings(hgr, self.recording, self.device)
+        hgr.info = calibrated(hgr, p, b, self.args.false_positive_rate, harmful=harmful)
         if shards := self.recording.of_kind(PICTURES):
             q = torch.cat([picture_readings(hgr, shard.runs(), shard.prompts(), self.device) for shard in shards])
             hgr.info = calibrated_on_pictures(hgr.info, q, self.args.false_positive_rate)

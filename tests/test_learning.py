@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, losses, redirect_condition, redirect_guidance
-from hgr_models.calibration import calibrated, joint_thresholds, upper_bound
+from hgr_models.calibration import calibrated, joint_thresholds, only_shown, upper_bound
 from hgr_models.recording import Points, Prompts, record_runs
 
 HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
@@ -137,6 +137,28 @@ def test_a_small_sample_gets_a_margin_above_its_maximum():
     assert 0.62 < joint_thresholds(clean, rate=0.01, lowest=0.02).item() < 0.99
     assert joint_thresholds(torch.full((10, 2), 1e-6), rate=0.5, lowest=0.02).tolist() == pytest.approx([0.02, 0.02])
     assert joint_thresholds(torch.ones(10, 2), rate=0.5, lowest=0.02).max() < 1
+
+
+def test_the_margin_of_a_small_sample_ends_halfway_to_the_harmful():
+    """Few clean prompts with a heavy tail must not lift a threshold above every harmful prompt."""
+    torch.manual_seed(0)
+    clean = torch.cat([-8 + 0.5 * torch.randn(190, 2), torch.linspace(-6, 3, 10)[:, None].repeat(1, 2)]).sigmoid()
+    harmful = torch.stack([(7 + torch.rand(50)).sigmoid(), torch.full((50,), torch.nan)], dim=1)
+    alone, both = (torch.logit(joint_thresholds(clean, 0.002, 0.02, h).double()) for h in (None, harmful))
+    assert alone[0] > 5.5 and both[1] == alone[1]  # of the second category nothing is known
+    assert both[0].item() == pytest.approx((3 + torch.logit(harmful[:, 0]).quantile(0.05).item()) / 2, abs=1e-3)
+    many = clean.repeat(10, 1)  # enough to show the rate: no margin
+    assert torch.equal(joint_thresholds(many, 0.002, 0.02, harmful), joint_thresholds(many, 0.002, 0.02))
+    among = clean.flip(0)[:50]  # harmful readings that are no higher than clean ones say nothing
+    assert torch.equal(joint_thresholds(clean, 0.002, 0.02, among), joint_thresholds(clean, 0.002, 0.02))
+
+
+def test_only_what_a_harmful_sample_shows_counts():
+    readings = torch.rand(2, 3, 2) + 0.1
+    readings[1, 2] = 0  # no step there
+    shown = only_shown(readings, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    assert shown[0, :, 1].isnan().all() and shown[1, 2].isnan().all()
+    assert torch.equal(shown[0, :, 0], readings[0, :, 0]) and torch.equal(shown[1, :2], readings[1, :2])
 
 
 def test_upper_bound_of_a_rate():

@@ -10,7 +10,7 @@ from tqdm import tqdm, trange
 
 import hgr_models
 from hgr_models import HGR, HGRInfo
-from hgr_models.calibration import calibrated, calibrated_on_pictures
+from hgr_models.calibration import calibrated, calibrated_on_pictures, only_shown
 from hgr_models.condition import ConditionConfig
 from hgr_models.guidance import GuidanceConfig
 from hgr_models.recording import Prompts
@@ -26,7 +26,7 @@ from ..sampling import normal_schedule, scale_input
 from .hgr_data import BATCH, prompt_tensors
 
 OUT = WEIGHTS.parents[1] / "hgr_models" / "weights" / "demo.safetensors"
-CALIBRATION_PROMPTS, CALIBRATION_RUNS = 4000, 800
+CALIBRATION_PROMPTS, CALIBRATION_RUNS, HARMFUL_RUNS = 4000, 800, 200
 FALSE_POSITIVE_RATE = 0.0015  # per picture, both networks and all categories together
 PICTURE_RATE = 0.008  # of finished pictures that are looked at
 LEVELS = (-3.5, -1.0, 1.5)  # of -2 ln sigma: sigma 5.8, 1.6, 0.47
@@ -58,10 +58,10 @@ def trained(stored: HGR, network: str) -> dict:
 
 
 @torch.no_grad()
-def clean_runs(
+def sampled_runs(
     model: DemoModel, hgr, prompts: Prompts, generator: torch.Generator, steps: int = 25, cfg: float = 5.0
 ) -> tuple[Tensor, Tensor]:
-    """The largest `b` of each clean run per noise level, (runs, L, K), and the runs' latents (runs, 4, 16, 16)."""
+    """The largest `b` of each run of plain CFG per noise level, (runs, L, K), and the runs' latents (runs, 4, 16, 16)."""
     levels, runs, latents = hgr.guidance_levels, [], []
     sigmas = normal_schedule(steps).to(model.device)
     for start in trange(0, len(prompts), BATCH, desc="calibration"):
@@ -105,11 +105,20 @@ def calibrate(model: DemoModel, hgr: HGR, seed: int, guidance: bool = True) -> H
     with torch.no_grad():
         prompts_read = hgr.condition.harmfulness(tokens).cpu() if hgr.condition is not None else None
     if hgr.guidance is None:
-        return calibrated(hgr, prompts_read, None, FALSE_POSITIVE_RATE)
+        return calibrated(hgr, prompts_read, None, FALSE_POSITIVE_RATE)  # of so many prompts no margin is needed
     prompts = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CALIBRATION_RUNS)], rng)
     prompts.negative_tokens = model.encode([""]).expand_as(prompts.tokens)
-    runs, latents = clean_runs(model, hgr, prompts, generator)
+    runs, latents = sampled_runs(model, hgr, prompts, generator)
     rendered, captions = clean_renders(model, len(latents), rng)
-    hgr.info = calibrated(hgr, prompts_read, runs.cpu() if guidance else None, FALSE_POSITIVE_RATE)
+    harmful = _harmful_readings(model, hgr, rng, generator)
+    hgr.info = calibrated(hgr, prompts_read, runs.cpu() if guidance else None, FALSE_POSITIVE_RATE, harmful=harmful)
     scores = torch.cat([detect(model, hgr, latents, prompts.tokens).scores, detect(model, hgr, rendered, captions).scores])
     return calibrated_on_pictures(hgr.info, scores.cpu(), PICTURE_RATE)
+
+
+def _harmful_readings(model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator) -> tuple[Tensor | None, Tensor]:
+    """As `calibration.harmful_readings`, of pairs as in training."""
+    prompts = prompt_tensors(model, [p.harmful_pair(rng) for _ in range(HARMFUL_RUNS)], rng)
+    harms = prompts.harms.cpu()
+    read = None if hgr.condition is None else only_shown(hgr.condition.harmfulness(prompts.tokens).detach().cpu(), harms)
+    return read, only_shown(sampled_runs(model, hgr, prompts, generator)[0].cpu(), harms)

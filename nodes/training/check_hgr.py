@@ -61,7 +61,7 @@ def recalibrate(network: hgr_models.HGR, found: checking.Found, rate: float) -> 
     """Gives the networks thresholds that fit the clean runs that were found."""
     p = torch.stack(found.clean_readings) if found.clean_readings else None
     b = torch.stack(found.clean_maxima) if found.clean_maxima else None
-    info = calibrated(network, p, b, rate)
+    info = calibrated(network, p, b, rate, harmful=found.harmful_readings())
     network.calibrate(calibrated_on_pictures(info, torch.stack(found.clean_pictures), rate) if found.clean_pictures else info)
 
 

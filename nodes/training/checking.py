@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models import losses
-from ...hgr_models.calibration import picture_readings, run_maxima
+from ...hgr_models.calibration import only_shown, picture_readings, run_maxima
 from ...hgr_models.recording import Points, Prompts
 from ...hgr_models.shards import Texts
 
@@ -22,6 +22,8 @@ class Found:
     first_flag: list[float | None] = field(default_factory=list)  # share of the run at which guidance was first flagged
     before: dict[str, list[float]] = field(default_factory=dict)  # squared distance to the partner's direction, per network
     after: dict[str, list[float]] = field(default_factory=dict)
+    readings: list[Tensor] = field(default_factory=list)  # p of harmful prompts, (K,)
+    maxima: list[Tensor] = field(default_factory=list)  # largest b of harmful runs, (L, K)
     clean_readings: list[Tensor] = field(default_factory=list)  # p of clean prompts, (K,)
     clean_maxima: list[Tensor] = field(default_factory=list)  # largest b of clean runs, (L, K)
     clean_pictures: list[Tensor] = field(default_factory=list)  # what a detector says of the finished clean runs, (K,)
@@ -31,6 +33,12 @@ class Found:
         if not self.before.get(network):
             return None
         return 1 - sum(self.after[network]) / max(sum(self.before[network]), 1e-12)
+
+    def harmful_readings(self) -> tuple[Tensor | None, Tensor | None]:
+        """As `calibration.harmful_readings`."""
+        both = self.readings, self.maxima
+        p, b = (only_shown(torch.stack(rows), torch.stack(self.harms)) if rows else None for rows in both)
+        return p, b
 
     def add_distance(self, network: str, before: Tensor, after: Tensor) -> None:
         self.before.setdefault(network, []).extend(before.tolist())
@@ -47,6 +55,7 @@ def look_at_harmful(found: Found, hgr, frozen, points: Points, prompts: Prompts,
         tokens, pooled = parts
         mask = None if prompts.mask is None else prompts.mask.to(device)
         result = hgr_models.redirect_condition(hgr, tokens, pooled, on, mask)
+        found.readings += list(result.harmfulness.cpu())
         found.by_prompt += (result.weights.cpu() * prompts.harms).any(dim=1).tolist()
         for rows in torch.arange(len(points)).split(len(prompts)):  # a step of every run
             some, about = points[rows], prompts[points.prompt[rows]]
@@ -54,6 +63,7 @@ def look_at_harmful(found: Found, hgr, frozen, points: Points, prompts: Prompts,
             denoised = frozen.predict(some, about, result.tokens[some.prompt], redirected).cpu()
             found.add_distance("condition", *_distances(some, denoised))
     if hgr.guidance is not None:
+        found.maxima += list(run_maxima(hgr, points, device))
         _look_at_guidance(found, hgr, points, len(prompts), on, device)
 
 

@@ -12,7 +12,14 @@ from PIL import Image
 
 from ... import hgr_models
 from ...hgr_models import training_state as state
-from ...hgr_models.calibration import calibrated, calibrated_on_pictures, picture_readings, prompt_readings, run_maxima
+from ...hgr_models.calibration import (
+    calibrated,
+    calibrated_on_pictures,
+    harmful_readings,
+    picture_readings,
+    prompt_readings,
+    run_maxima,
+)
 from ...hgr_models.condition import robust_units
 from ...hgr_models.hgr import uncalibrated_info
 from ...hgr_models.pairs import PromptSet
@@ -251,8 +258,8 @@ class Session:
         """`hgr.info` with thresholds from prompts and runs that nothing else uses."""
         p = [prompt_readings(hgr, texts, self.device) for texts in recording.calibration_texts()] if hgr.condition else []
         b = [run_maxima(hgr, shard.runs(), self.device) for shard in recording.of_kind(CALIBRATION)] if hgr.guidance else []
-        rate = self.plan.false_positive_rate
-        info = calibrated(hgr, torch.cat(p) if p else None, torch.cat(b) if b else None, rate)
+        rate, harmful = self.plan.false_positive_rate, harmful_readings(hgr, recording, self.device)
+        info = calibrated(hgr, torch.cat(p) if p else None, torch.cat(b) if b else None, rate, harmful=harmful)
         shards = recording.of_kind(PICTURES) if hgr.guidance else []
         if shards:
             scores = [picture_readings(hgr, shard.runs(), shard.prompts(), self.device) for shard in shards]
