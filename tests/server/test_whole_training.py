@@ -1,4 +1,4 @@
-"""The training template as it stands, in a real server: half an hour to two hours on two cores, so only where it is asked for.
+"""The training template as it stands, in a real server: half an hour on two cores, so only where it is asked for.
 
     WHOLE_TRAINING=both WHOLE_TRAINING_OUT=FILE python3 run.py test -s tests/server/test_whole_training.py
 
