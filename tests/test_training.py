@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import small_hgr
 from hgr_models import HGRError
+from hgr_models.calibration import calibrated, harmful_readings
 from hgr_models.recording import Prompts, record_runs
 from hgr_models.shards import CLEAN, HARMFUL, Recording, Texts, read_shard, write_runs, write_texts
 from hgr_models.train_condition import ConditionTraining
@@ -155,6 +156,20 @@ def test_reading_alone_learns_another_word_and_leaves_the_delta(tmp_path):
     after, read = looked_at()
     assert delta.abs().max() > 0 and torch.equal(after, delta)
     assert p < 0.9 < read and losses[-1] < 0.5 * losses[0]
+
+
+def test_calibration_reads_what_the_recording_shows_of_harm(tmp_path):
+    write_toy(tmp_path)
+    hgr, cpu = small_hgr(seed=1), torch.device("cpu")
+    p, b = harmful_readings(hgr, Recording.open(tmp_path), cpu)
+    assert b.shape == (16, len(hgr.info.guidance_levels) + 1, 2) and p.shape[1] == 2
+    for readings in (p, b):  # the toy's harmful samples show the first category alone
+        assert readings[..., 1].isnan().all() and readings[..., 0].nan_to_num(0).amax() > 0
+    low = torch.full((10, 2), 1e-4)
+    low[0] = 0.01  # one clean prompt far above the others: its tail would lift the threshold
+    harmful = torch.tensor([[0.02, torch.nan]] * 10)
+    alone, beside = (calibrated(hgr, low, None, 0.01, 0.0, (h, None)).condition_thresholds for h in (None, harmful))
+    assert 0.01 < beside[0] < 0.02 < alone[0] and beside[1] == alone[1]
 
 
 def eval_path(training, path):

@@ -110,7 +110,7 @@ def calibrate(model: DemoModel, hgr: HGR, seed: int, guidance: bool = True) -> H
     prompts.negative_tokens = model.encode([""]).expand_as(prompts.tokens)
     runs, latents = sampled_runs(model, hgr, prompts, generator)
     rendered, captions = clean_renders(model, len(latents), rng)
-    harmful = _harmful_readings(model, hgr, rng, generator)
+    harmful = _harmful_readings(model, hgr, rng, generator) if guidance else (None, None)
     hgr.info = calibrated(hgr, prompts_read, runs.cpu() if guidance else None, FALSE_POSITIVE_RATE, harmful=harmful)
     scores = torch.cat([detect(model, hgr, latents, prompts.tokens).scores, detect(model, hgr, rendered, captions).scores])
     return calibrated_on_pictures(hgr.info, scores.cpu(), PICTURE_RATE)
