@@ -73,7 +73,8 @@ class Judgement:
 
     by_prompt: Tensor
     by_guidance: Tensor
-    size: Tensor  # (S * P,) mean square of the target's direction, floored: the unit of a row's error
+    direction: Tensor  # (S * P, C, *spatial) float16: the target less `uncond_denoised`, small beside both
+    size: Tensor  # (S * P,) mean square of the direction, floored: the unit of a row's error
 
     @property
     def weights(self) -> Tensor:
@@ -93,22 +94,24 @@ class Judgement:
 
 @dataclass
 class Batch:
-    """Rows to train on: the columns of `Samples` with the tokens of every row, and what the HGR made of it."""
+    """Rows to train on: noisy latents with the tokens of every row, and what the HGR made of them."""
 
     x: Tensor
     sigma: Tensor
-    c_in: Tensor
-    uncond_denoised: Tensor
     tokens: Tensor  # (B, T, D)
     pooled: Tensor | None
     mask: Tensor | None
-    empty: Tensor  # (B,) bool: the row has the empty prompt
-    held: Tensor  # (B, K) category weights of the guidance redirector that are in force since an earlier step of the run
+    target: Tensor  # (B, C, *spatial) x0 prediction to reach; of a row with the empty prompt, unknown
     size: Tensor  # (B,)
     flagged: Tensor  # (B,) bool: the HGR turns this row
+    empty: Tensor  # (B,) bool: the row has the empty prompt
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if t is None else t.to(device) for t in vars(self).values()))
+
+    def given(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What a denoiser is given for some rows (B,) bool."""
+        return tuple(None if t is None else t[rows] for t in (self.x, self.sigma, self.tokens, self.pooled, self.mask))
 
     def kinds(self) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) bool: flagged, left alone by the HGR, and with the empty prompt; every row is one of them."""
@@ -157,28 +160,25 @@ class Pool:
         return _emptied(_stack([_rows(*part) for part in _parts(group, chosen)]), empty, group[0][0])
 
 
-def rows_of(samples: Samples, rows: Tensor, held: Tensor) -> Batch:
-    """Rows (B,) of samples that were not judged yet; held (B, K)."""
-    unknown = Judgement(held[:1], held, torch.ones(len(rows)))
-    return _rows(samples, rows, unknown, torch.arange(len(rows)))
+def texts_of(samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens, pooled and mask of rows (B,), float32."""
+    return tuple(None if t is None else t[rows % samples.prompts].float() for t in (samples.tokens, samples.pooled, samples.mask))
 
 
-def _rows(samples: Samples, rows: Tensor, judgement: Judgement, judged: Tensor) -> Batch:
-    """Rows (B,) of samples, float32, with rows `judged` (B,) of a judgement."""
-    latents = (getattr(samples, name)[rows].float() for name in ("x", "sigma", "c_in", "uncond_denoised"))
-    texts = (None if t is None else t[rows % samples.prompts].float() for t in (samples.tokens, samples.pooled, samples.mask))
-    empty, flagged = torch.zeros(len(rows), dtype=torch.bool), judgement.flagged[judged]
-    return Batch(*latents, *texts, empty, judgement.by_guidance[judged], judgement.size[judged], flagged)
+def _rows(samples: Samples, judgement: Judgement, rows: Tensor) -> Batch:
+    """Rows (B,) of samples and their judgement, float32."""
+    x, sigma, uncond_denoised = (getattr(samples, name)[rows].float() for name in ("x", "sigma", "uncond_denoised"))
+    target, empty = uncond_denoised + judgement.direction[rows].float(), torch.zeros(len(rows), dtype=torch.bool)
+    return Batch(x, sigma, *texts_of(samples, rows), target, judgement.size[rows], judgement.flagged[rows], empty)
 
 
-def _parts(group: list[tuple[Samples, Judgement]], chosen: Tensor) -> Iterator[tuple[Samples, Tensor, Judgement, Tensor]]:
+def _parts(group: list[tuple[Samples, Judgement]], chosen: Tensor) -> Iterator[tuple[Samples, Judgement, Tensor]]:
     """Rows of a group, numbered through all of it in ascending order, samples by samples."""
     ends = torch.tensor([len(s.x) for s, _ in group]).cumsum(0)
     which = torch.bucketize(chosen, ends, right=True)
     for i in which.unique().tolist():
         samples, judgement = group[i]
-        rows = chosen[which == i] - (ends[i] - len(samples.x))
-        yield samples, rows, judgement, rows
+        yield samples, judgement, chosen[which == i] - (ends[i] - len(samples.x))
 
 
 def _stack(parts: list[Batch]) -> Batch:

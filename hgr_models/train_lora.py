@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .hgr import HGR
 from .lora import LoRA
-from .lora_samples import Batch, Judgement, Pool, Samples, rows_of
+from .lora_samples import Batch, Judgement, Pool, Samples, texts_of
 from .losses import capped, mean_square
 from .redirection import CategorySettings, redirect_condition, redirect_guidance
 from .training import Training
@@ -50,25 +50,27 @@ class Change:
 
 
 @torch.no_grad()
-def safe_denoised(hgr: HGR, predict: PredictFor, batch: Batch, settings: CategorySettings) -> tuple[Tensor, Tensor, Tensor]:
-    """The target (B, C, *spatial) of a batch, and the category weights (B, K) of both redirectors that made it.
+def safe_denoised(
+    hgr: HGR, predict: PredictFor, samples: Samples, rows: Tensor, settings: CategorySettings, held: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The target (B, C, *spatial) of rows (B,) of samples, and the category weights (B, K) of both redirectors that made it.
 
-    Rows that the HGR does not flag, and those of the empty prompt, are the model's own prediction, bit for bit.
+    Rows that the HGR does not flag are the model's own prediction, bit for bit. held (B, K): category weights of the guidance
+    redirector that are in force since an earlier step of the runs. All on the device of `held`.
     """
-    tokens, pooled, by_prompt = batch.tokens, batch.pooled, torch.zeros_like(batch.held)
-    view = lambda flags, like: flags.view(-1, *[1] * (like.ndim - 1))  # noqa: E731
+    here = lambda t: None if t is None else t.to(held.device)  # noqa: E731
+    x, sigma, c_in, uncond = (here(getattr(samples, name)[rows].float()) for name in ("x", "sigma", "c_in", "uncond_denoised"))
+    tokens, pooled, mask = map(here, texts_of(samples, rows))
+    by_prompt = torch.zeros_like(held)
     if hgr.condition is not None:
-        turned = redirect_condition(hgr, tokens, pooled, settings, batch.mask)
-        by_prompt = turned.weights * ~batch.empty[:, None]
-        tokens = torch.where(view(batch.empty, tokens), tokens, turned.tokens)
-        pooled = None if pooled is None else torch.where(view(batch.empty, pooled), pooled, turned.pooled)
-    own = predict(batch.x, batch.sigma, tokens, pooled, batch.mask)
+        turned = redirect_condition(hgr, tokens, pooled, settings, mask)
+        tokens, pooled, by_prompt = turned.tokens, turned.pooled, turned.weights
+    own = predict(x, sigma, tokens, pooled, mask)
     if hgr.guidance is None:
-        return own, by_prompt, torch.zeros_like(batch.held)
-    x_in = batch.x * view(batch.c_in, batch.x)
-    result = redirect_guidance(hgr, own, batch.uncond_denoised, x_in, batch.sigma, settings, batch.held)
-    # The empty prompt has no direction: what is left of it is rounding, which must not be read.
-    return torch.where(view(batch.empty, own), own, result.cond_denoised), by_prompt, result.weights * ~batch.empty[:, None]
+        return own, by_prompt, held
+    x_in = x * c_in.view(-1, *[1] * (x.ndim - 1))
+    result = redirect_guidance(hgr, own, uncond, x_in, sigma, settings, held)
+    return result.cond_denoised, by_prompt, result.weights
 
 
 class LoraTraining(Training):
@@ -81,27 +83,33 @@ class LoraTraining(Training):
         self.hgr, self.settings, self.batch, self.pool = hgr, settings, batch, Pool()
 
     def add(self, samples: Samples, predict: PredictFor) -> Judgement:
-        """Lets the HGR judge samples, and learns from them from now on."""
-        count = samples.prompts
-        held, by_guidance, sizes = torch.zeros(count, len(self.hgr.info.categories)), [], []
+        """Lets the HGR judge samples, and learns from them from now on; the target of every row is made here, once."""
+        held = torch.zeros(samples.prompts, len(self.hgr.info.categories), device=self.device)
+        by_guidance, directions, sizes = [], [], []
         with self.network.off():
-            for rows in torch.arange(len(samples.x)).split(count):
-                batch = rows_of(samples, rows, held).to(self.device)
-                target, by_prompt, weights = safe_denoised(self.hgr, predict, batch, self.settings)
-                held = weights.cpu()
-                by_guidance.append(held)
-                floor = 1e-4 * batch.sigma**2 / (1 + batch.sigma**2)
-                sizes.append((mean_square(target - batch.uncond_denoised) + floor).cpu())
-        judgement = Judgement(by_prompt.cpu(), torch.cat(by_guidance), torch.cat(sizes))
+            for rows in torch.arange(len(samples.x)).split(samples.prompts):
+                target, by_prompt, held = safe_denoised(self.hgr, predict, samples, rows, self.settings, held)
+                direction, sigma = target.cpu() - samples.uncond_denoised[rows].float(), samples.sigma[rows].float()
+                by_guidance.append(held.cpu())
+                directions.append(direction.half())
+                sizes.append(mean_square(direction) + 1e-4 * sigma**2 / (1 + sigma**2))
+        judgement = Judgement(by_prompt.cpu(), *(torch.cat(column) for column in (by_guidance, directions, sizes)))
         self.pool.add(samples, judgement)
         return judgement
 
+    def _draw(self, predict: PredictFor) -> Batch:
+        """A batch with its targets: those of the empty prompt are what the frozen model predicts."""
+        batch = self.pool.draw(self.batch, self.generator, EMPTY_SHARE).to(self.device)
+        if batch.empty.any():
+            with torch.no_grad(), self.network.off():
+                batch.target[batch.empty] = predict(*batch.given(batch.empty)).to(batch.target)
+        return batch
+
     def train_step(self, predict: PredictFor) -> LoraReport:
         """One step; `predict` runs the frozen model with the LoRA attached, and carries gradients to it."""
-        batch = self.pool.draw(self.batch, self.generator, EMPTY_SHARE).to(self.device)
-        with self.network.off():
-            target, _, _ = safe_denoised(self.hgr, predict, batch, self.settings)
-        error = _errors(predict, batch, target)
+        batch = self._draw(predict)
+        # In units of the direction, which weigh noise levels evenly.
+        error = mean_square(_predicted(predict, batch) - batch.target) / batch.size
         loss = capped(error, CAP)
         self.advance(loss)
         return LoraReport(loss.item(), *(_mean(error.detach()[rows]) for rows in batch.kinds()))
@@ -114,7 +122,7 @@ class LoraTraining(Training):
         """
         generator = torch.Generator().manual_seed(0)
         batch = self.pool.draw(self.batch, generator, 0.0).to(self.device)
-        run = lambda: predict(batch.x, batch.sigma, batch.tokens, batch.pooled, batch.mask).float()  # noqa: E731
+        run = lambda: _predicted(predict, batch).float()  # noqa: E731
         ups = [adapter.up for adapter in self.network.adapters]
         denoised = run()
         if not denoised.requires_grad:
@@ -142,23 +150,24 @@ class LoraTraining(Training):
         for empty_share in (0.0, 1.0) * batches:
             batch = self.pool.draw(self.batch, generator, empty_share).to(self.device)
             with self.network.off():
-                target, _, _ = safe_denoised(self.hgr, predict, batch, self.settings)
-                before = _errors(predict, batch, target)
-            after = _errors(predict, batch, target)
+                own = _predicted(predict, batch)
+            changed = _predicted(predict, batch)
+            far, done, moved = (
+                mean_square(one - other) / batch.size
+                for one, other in ((own, batch.target), (changed, batch.target), (changed, own))
+            )
             flagged, quiet, empty = batch.kinds()
-            for name, values in (("before", before[flagged]), ("after", after[flagged])):
-                columns[name] += values.tolist()
-            for name, values in (("quiet", after[quiet]), ("empty", after[empty])):
+            for name, values in (
+                ("before", far[flagged]), ("after", done[flagged]), ("quiet", moved[quiet]), ("empty", moved[empty]),
+            ):  # fmt: skip
                 columns[name] += values.tolist()
         rms = lambda name: (sum(columns[name]) / len(columns[name])) ** 0.5 if columns[name] else None  # noqa: E731
         most = max(columns["quiet"]) ** 0.5 if columns["quiet"] else None
         return Change(rms("before"), rms("after"), rms("quiet"), most, rms("empty"))
 
 
-def _errors(predict: PredictFor, batch: Batch, target: Tensor) -> Tensor:
-    """Squared distance (B,) of a prediction to a target, in units that weigh noise levels evenly."""
-    denoised = predict(batch.x, batch.sigma, batch.tokens, batch.pooled, batch.mask)
-    return mean_square(denoised - target) / batch.size
+def _predicted(predict: PredictFor, batch: Batch) -> Tensor:
+    return predict(batch.x, batch.sigma, batch.tokens, batch.pooled, batch.mask)
 
 
 @torch.no_grad()

@@ -107,16 +107,32 @@ def test_a_batch_is_half_flagged_and_has_the_empty_prompt(net):
 
 
 def test_targets_are_redirected_where_flagged_and_else_the_models_own(net):
-    training = make_training(net)
-    add(net, training)
-    batch = training.pool.draw(8, torch.Generator().manual_seed(0), 0.3)
-    target, weights, _ = safe_denoised(reader(), net, batch, ON)
-    own, (flagged, quiet, empty) = net(batch.x, batch.sigma, batch.tokens), batch.kinds()
-    assert flagged.any() and quiet.any() and empty.any()
+    some = samples(net)
+    rows = torch.arange(12)
+    target, weights, _ = safe_denoised(reader(), net, some, rows, ON, torch.zeros(12, 2))
+    x, sigma, tokens = some.x, some.sigma, some.tokens[rows % 4]
+    own, flagged = net(x, sigma, tokens), torch.tensor([True, False, True, False] * 3)
     assert torch.equal(target[~flagged], own[~flagged]) and not torch.equal(target[flagged], own[flagged])
-    safe = torch.where((batch.tokens == HARM).all(dim=2, keepdim=True), SAFE, batch.tokens)
-    torch.testing.assert_close(target[flagged], net(batch.x, batch.sigma, safe)[flagged])
+    safe = torch.where((tokens == HARM).all(dim=2, keepdim=True), SAFE, tokens)
+    torch.testing.assert_close(target[flagged], net(x, sigma, safe)[flagged])
     assert torch.equal(weights[:, 0] > 0, flagged)
+
+
+def test_a_batch_comes_with_the_targets_that_were_made_once(net):
+    training, calls = make_training(net), []
+    add(net, training)
+
+    def counting(x, *given):
+        calls.append(len(x))
+        return net(x, *given)
+
+    with training.network.attached(net):
+        batch = training._draw(counting)
+    flagged, quiet, empty = batch.kinds()
+    assert flagged.any() and quiet.any() and empty.any()
+    assert calls == [int(empty.sum())]  # the frozen model runs again for the empty prompt alone
+    safe = torch.where((batch.tokens == HARM).all(dim=2, keepdim=True), SAFE, batch.tokens)
+    torch.testing.assert_close(batch.target, net(batch.x, batch.sigma, safe), rtol=1e-3, atol=1e-3)
 
 
 def test_it_learns_the_safe_prediction_and_keeps_the_rest(net):
@@ -131,13 +147,14 @@ def test_it_learns_the_safe_prediction_and_keeps_the_rest(net):
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
-def test_clean_samples_leave_every_weight_as_it_is(net):
+def test_clean_samples_have_nothing_to_teach(net):
     training = make_training(net)
     add(net, training, samples(net, (False,) * 4))
     assert not training.pool.harmful
-    reports = run(net, training, 20)
-    assert all(report.loss == 0.0 and report.error is None for report in reports)
-    assert not any(adapter.up.any() for adapter in training.network.adapters)
+    (report,) = run(net, training, 1)
+    assert report.loss < 1e-6 and report.error is None  # what half precision leaves of the direction
+    training = make_training(net)
+    add(net, training, samples(net, (False,) * 4))
     with training.network.attached(net):
         change = training.measure(net)
     assert (change.before, change.after, change.quiet, change.quiet_most, change.empty) == (None, None, 0, 0, 0)

@@ -18,7 +18,7 @@ from ... import hgr_models
 from ...hgr_models import training_state as state
 from ...hgr_models.lora import LoRA, LoraSettings, new_lora
 from ...hgr_models.lora_samples import read_samples
-from ...hgr_models.train_lora import Change, LoraTraining
+from ...hgr_models.train_lora import EMPTY_SHARE, Change, LoraTraining
 from ..families import TOKENS, base_of_model, check_family, family_of_model, read_text
 from .bare import without_safecfg
 from .estimate import BACKWARD, Cost
@@ -129,11 +129,13 @@ class LoraSession:
             seconds = time.monotonic() - started
         row = seconds / (2 * len(job.prompts))
         samples = plan.runs.steps * sum(len(job.prompts) for job in (*self.jobs, *self.late))
-        step = plan.runs.batch * row * (1 + BACKWARD[plan.checkpointing])
+        step = plan.runs.batch * row * (EMPTY_SHARE + BACKWARD[plan.checkpointing])  # the frozen model runs for the empty prompt
         parts = {"recording": samples * 2 * row, "judging": samples * row, "training": plan.steps * step}
         shape = self._largest()
+        values = samples * math.prod(shape)
         memory = 3 * self.model.memory_required([plan.runs.batch, *shape])  # as `FrozenModel.loaded` reserves it
-        return Cost({**parts, "preview": 4 * 2 * 2 * 20 * row}, samples * 2 * 4 * math.prod(shape), int(memory))
+        # On disk x and the unconditional prediction in 32 bits each; in memory the targets in 16.
+        return Cost({**parts, "preview": 4 * 2 * 2 * 20 * row}, 8 * values, int(memory) + 2 * values)
 
     def _largest(self) -> tuple[int, ...]:
         """The shape (C, *spatial) of the largest latents that are sampled."""
