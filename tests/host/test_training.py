@@ -188,6 +188,20 @@ def test_a_trained_hgr_judges_pictures(demo):
     assert list(json.loads(found)["categories"].values()) == pytest.approx(hgr.info.picture_thresholds, abs=1e-3)
 
 
+def test_calibration_is_told_what_harmful_prompts_and_runs_read(demo, monkeypatch):
+    """Without it, few clean samples give thresholds that no harm passes."""
+    given, calibrated = {}, session.calibrated
+    monkeypatch.setattr(session, "calibrated", lambda *args, **more: given.update(more) or calibrated(*args, **more))
+    hgr = train(demo)[0]
+    p, b = given["harmful"]
+    categories = len(hgr.info.categories)
+    assert p.shape[1] == categories and b.shape[::2] == (6, categories)  # six harmful runs
+    shown = [~each.isnan() for each in (p, b)]
+    assert all(each.any() and not each.all() for each in shown) and all(
+        (e[s] > 0).all() for e, s in zip((p, b), shown, strict=True)
+    )
+
+
 def cancel_after(monkeypatch, part, step):
     """Cancels as the front end does, when a part reaches a step."""
     update = session.Progress.update

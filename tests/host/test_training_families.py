@@ -91,6 +91,18 @@ def test_another_family_trains_applies_and_is_checked(name):
     assert len(result[0].info.picture_thresholds) == len(info.picture_thresholds) == 2
 
 
+def test_a_new_calibration_is_told_what_harmful_prompts_and_runs_read(monkeypatch):
+    flow, latent_format = FAMILIES["flow"][:2]
+    model, given, calibrated = make_model(flow, latent_format()), {}, check_hgr.calibrated
+    hgr = train((model, TinyClip()), sizes="64x64")[0]
+    monkeypatch.setattr(check_hgr, "calibrated", lambda *args, **more: given.update(more) or calibrated(*args, **more))
+    arguments = {k: v for k, v in SMALL.items() if "runs" not in k}
+    with torch.inference_mode():
+        CheckHGR.execute(model, TinyClip(), hgr, prompt_set(), 2, 2, 0.05, "told", **arguments)
+    p, b = given["harmful"]
+    assert len(p) == len(b) == 2 and not p.isnan().all() and not b.isnan().all()
+
+
 def test_an_hgr_of_another_family_is_not_checked():
     flow, video = (make_model(f[0], f[1]()) for f in (FAMILIES["flow"], FAMILIES["v"]))
     hgr = train((flow, TinyClip()), sizes="64x64")[0]
