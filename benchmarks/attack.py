@@ -77,14 +77,6 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def safe_prompt(item: e.Item) -> str:
-    """The same words with a harmless pictogram in place of every harmful one."""
-    prompt = item.prompt
-    for name in item.harmful:
-        prompt = prompt.replace(world.article(name), world.article(world.STAND_IN[world.CATEGORY[name]]))
-    return prompt
-
-
 def spread_of(model: DemoModel) -> Tensor:
     """Robust standard deviations (D,) of the tokens' channels over training prompts: no defence's own units."""
     rng = random.Random(0)
@@ -101,7 +93,7 @@ class Attack:
         self.args, self.model, (self.judge, about) = args, DemoModel.load(args.device), Judge.load(args.device)
         self.model.unet.requires_grad_(False)
         items = e.items(KIND, args.images, args.seed)
-        harmful, self.safe = (self.model.encode(each) for each in ([i.prompt for i in items], [safe_prompt(i) for i in items]))
+        harmful, self.safe = (self.model.encode(each) for each in ([i.prompt for i in items], [e.safe_prompt(i) for i in items]))
         seeds = [args.seed * 100_003 + i for i in range(args.images)]  # as in `evaluate.draw`
         noise = torch.stack([torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         self.scene = Scene(harmful, harmful, noise.to(args.device), spread_of(self.model), args.steps, args.cfg)

@@ -3,7 +3,8 @@
 Held-out prompts, fresh seeds, the same seeds in every arm. Arms: plain CFG, SafeCFG with both networks, with one alone,
 and with the first category of a two-harm prompt switched off. What is printed beyond `python -m demo`: single harmful
 pictograms, two harms, clean pictograms the HGR never saw, the guidance redirector alone, disguised prompts, one category off,
-negative prompts of harm (as users write them) and of what should be drawn instead (as an attacker would).
+negative prompts of harm (as users write them) and of what should be drawn instead (as an attacker would), beside plain CFG
+with the safe partner's prompt and the same negative: no redirection of a prompt can be expected to do better.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from .disguise import disguise
 OFF = world.CATEGORIES[0]
 NEGATIVES = {
     "of_harm": ", ".join(word for c in world.CATEGORIES for word in p.HARM_WORDS[c][:3]),
+    "of_harm_in_short": ", ".join(p.HARM_WORDS[c][0] for c in world.CATEGORIES),
     "of_safe_words": ", ".join(world.STAND_IN.values()),
 }
 
@@ -110,7 +112,10 @@ class Bench:
         harmful, clean = self.items("combination"), self.items("clean")
         for name, negative in NEGATIVES.items():
             title = f"negative_{name}"
-            for arm, drawn in self.draw(title, self.encode(harmful), "plain", "both", negative=negative).items():
+            found = self.draw(title, self.encode(harmful), "plain", "both", negative=negative)
+            partners = self.model.encode([e.safe_prompt(item) for item in harmful])
+            found["partner"] = self.draw(f"{title}, partners", partners, "plain", negative=negative)["plain"]
+            for arm, drawn in found.items():
                 self.add(f"{title}/{arm}/harm_present", e.harm_present(harmful, drawn))
                 self.add(f"{title}/{arm}/rest_kept", e.rest_kept(harmful, drawn))
             drawn = self.draw(f"{title}, clean", self.encode(clean), "plain", "both", negative=negative)

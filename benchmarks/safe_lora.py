@@ -1,10 +1,11 @@
 """A safe model without labels: a LoRA that the demo model's HGR taught, judged without SafeCFG at generation time.
 
-    python -m benchmarks.safe_lora --images 200 --seed 1 --json FILE [--lora FILE] [--out FILE]
+    python -m benchmarks.safe_lora --images 200 --seed 1 --json FILE [--lora FILE] [--supervised FILE] [--out FILE]
 
 Held-out prompts, the same seeds in every arm: the base, the base with SafeCFG, the base with the LoRA, and with a LoRA that
 was trained the same way with the true labels: there an oracle that knows every prompt's harms and partner takes the HGR's
-place. The LoRA is trained here from a shuffled list of unlabelled strings, or read from `--lora`.
+place. The LoRAs are trained here, ours from a shuffled list of unlabelled strings, or read from `--lora` and `--supervised`.
+`--train-only safe_lora --out FILE` trains one of them and judges nothing: the two can be made side by side.
 """
 
 import argparse
@@ -31,11 +32,12 @@ from demo.pipeline import LATENT_SHAPE, DemoModel, add_device_option
 from demo.safecfg import Redirection
 from demo.sampling import input_scaling, normal_schedule, scale_input
 from hgr_models import CategorySettings, load_hgr, redirect_condition, redirect_guidance
-from hgr_models.lora import LoRA, LoraSettings, load_lora, lora_from, new_lora, save_lora
+from hgr_models.lora import LAYERS, LoRA, LoraSettings, load_lora, lora_from, new_lora, save_lora
 from hgr_models.lora_samples import Samples
 from hgr_models.train_lora import LoraTraining
 
 ARMS = ("base", "base_safecfg", "safe_lora", "supervised_lora")
+TRAINED = ARMS[2:]
 STEPS, CFG = 25, 5.0  # of the judged pictures
 RUN_STEPS, BATCH, CFG_RANGE = 8, 16, (3.0, 7.0)  # of the runs that training learns from
 HARMFUL_SHARE = 0.5  # of the unlabelled prompts
@@ -152,24 +154,34 @@ def steps(training: LoraTraining, predict, until: int, title: str) -> None:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in asdict(report).items() if v is not None})
 
 
+def make_lora(name: str, model: DemoModel, hgr, args: argparse.Namespace) -> tuple[LoRA, dict]:
+    """The LoRA of an arm, and what its training says: read from the file that was given, or trained."""
+    if path := {"safe_lora": args.lora, "supervised_lora": args.supervised}[name]:
+        tensors, about = load_lora(path)
+        return lora_from(tensors).to(args.device), about.get("training", {})
+    plan = Plan(args.runs, args.train_steps, args.rate, args.seed, LoraSettings(args.rank, float(args.rank), args.layers))
+    pairs = training_pairs(plan.runs, plan.seed)
+    teacher = hgr if name == "safe_lora" else Oracle(model, pairs)
+    lora, about = train(model, teacher, [pair.prompt for pair in pairs], plan, name)
+    if args.out and name == (args.train_only or "safe_lora"):
+        save_lora(args.out, lora.tensors(), {"training": about, "plan": asdict(plan)})
+    return lora, about
+
+
 def measure(args: argparse.Namespace) -> dict:
     model, hgr = DemoModel.load(args.device), load_hgr(HGR_FILE).to(args.device)
+    if args.train_only:
+        return {"training": {args.train_only: make_lora(args.train_only, model, hgr, args)[1]}}
     judge, about = Judge.load(args.device)
-    plan = Plan(args.runs, args.train_steps, args.rate, args.seed)
-    pairs, results = training_pairs(plan.runs, plan.seed), {"n": args.images, "seed": args.seed, "judge": about}
-    loras = {}
-    if args.lora:
-        loras["safe_lora"] = lora_from(load_lora(args.lora)[0]).to(args.device)
-    else:
-        loras["safe_lora"], results["training"] = train(model, hgr, [pair.prompt for pair in pairs], plan, "safe LoRA")
-    if args.out:
-        save_lora(args.out, loras["safe_lora"].tensors(), {"training": results.get("training"), "plan": asdict(plan)})
-    oracle = Oracle(model, pairs)
-    loras["supervised_lora"], results["supervised_training"] = train(
-        model, oracle, [pair.prompt for pair in pairs], plan, "supervised LoRA"
-    )
+    made = {name: make_lora(name, model, hgr, args) for name in TRAINED}
     which = {kind: e.items(kind, args.images, args.seed) for kind in KINDS}
-    drawn = {arm: draw(model, judge, hgr, which, arm, loras.get(arm), args) for arm in ARMS}
+    drawn = {arm: draw(model, judge, hgr, which, arm, made[arm][0] if arm in made else None, args) for arm in ARMS}
+    results = {
+        "n": args.images,
+        "seed": args.seed,
+        "judge": about,
+        "training": {name: about for name, (_, about) in made.items()},
+    }
     results |= {arm: figures(which, drawn["base"], drawn[arm]) for arm in ARMS}
     results["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return results
@@ -192,10 +204,14 @@ def table(results: dict) -> str:
     for key, value in results["base"].items():
         cells = [f"{results[arm][key]}" if isinstance(value, e.Rate) else f"{results[arm][key]:.4g}" for arm in ARMS]
         rows.append(f"{key:22s}" + "".join(f"{cell:>24s}" for cell in cells))
-    for name in ("training", "supervised_training"):
-        if name in results:
-            rows.append(f"{name}: " + ", ".join(f"{k} {v:.3g}" for k, v in results[name].items() if isinstance(v, (int, float))))
-    return "\n".join([*rows, f"{results['n']} pictures per figure; peak memory {results['peak_memory_mb']:.0f} MB"])
+    last = f"{results['n']} pictures per figure; peak memory {results['peak_memory_mb']:.0f} MB"
+    return "\n".join([*rows, said(results["training"]), last])
+
+
+def said(trainings: dict[str, dict]) -> str:
+    """What every training says about itself."""
+    facts = lambda about: ", ".join(f"{k} {v:.3g}" for k, v in about.items() if isinstance(v, (int, float)))  # noqa: E731
+    return "\n".join(f"{name}: {facts(about)}" for name, about in trainings.items())
 
 
 def main() -> None:
@@ -206,15 +222,21 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=960, metavar="N", help="prompts to train on (960)")
     parser.add_argument("--train-steps", type=int, default=2400, metavar="N", help="training steps of each LoRA (2400)")
     parser.add_argument("--rate", type=float, default=2e-3, metavar="X", help="peak learning rate (2e-3)")
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of the LoRAs (16)")
+    parser.add_argument("--layers", choices=LAYERS, default=LAYERS[0], help=f"that get adapters ({LAYERS[0]})")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="judge this LoRA instead of training one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the LoRA in this file")
+    parser.add_argument("--supervised", type=Path, metavar="FILE", help="the same for the one with the true labels")
+    parser.add_argument("--train-only", choices=TRAINED, metavar="ARM", help=f"train one, of {', '.join(TRAINED)}; judge nothing")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the (safe) LoRA in this file")
     add_device_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    if min(args.images, args.steps, args.runs, args.train_steps) < 1:
-        parser.error("expected --images, --steps, --runs and --train-steps of at least 1")
+    if min(args.images, args.steps, args.runs, args.train_steps, args.rank) < 1:
+        parser.error("expected --images, --steps, --runs, --train-steps and --rank of at least 1")
+    if args.train_only and not args.out:
+        parser.error("expected --out FILE beside --train-only: where to keep the LoRA")
     results = measure(args)
-    print(table(results))
+    print(said(results["training"]) if args.train_only else table(results))
     if args.json:
         args.json.write_text(json.dumps(plain_values(results), indent=1) + "\n", encoding="utf-8")
 

@@ -70,6 +70,14 @@ def item_of(names: tuple[str, ...], rng: random.Random) -> Item:
     return Item(world.caption(names, rng, rng.choice(tuple(world.BACKGROUNDS))), names)
 
 
+def safe_prompt(item: Item) -> str:
+    """The same words with a harmless pictogram in place of every harmful one."""
+    prompt = item.prompt
+    for name in item.harmful:
+        prompt = prompt.replace(world.article(name), world.article(world.STAND_IN[world.CATEGORY[name]]))
+    return prompt
+
+
 def draw(
     model: DemoModel,
     judge: Judge,

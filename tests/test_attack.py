@@ -13,7 +13,7 @@ from benchmarks.main_job import redirections
 from benchmarks.safety_peers import peer
 from benchmarks.safety_pictures import Arm
 from demo.__main__ import HGR_FILE
-from demo.evaluate import Item
+from demo.evaluate import Item, safe_prompt
 from demo.pipeline import LATENT_SHAPE, DemoModel
 from demo.safecfg import Redirection, Step, generate
 from hgr_models import CategorySettings, load_hgr
@@ -128,7 +128,7 @@ def test_restarts_take_turns_and_only_the_first_starts_at_the_prompt():
 
 
 def test_a_harmless_partner_has_the_same_words():
-    assert attack.safe_prompt(Item("a knife and an apple on blue", ("knife", "apple"))) == "a rose and an apple on blue"
+    assert safe_prompt(Item("a knife and an apple on blue", ("knife", "apple"))) == "a rose and an apple on blue"
 
 
 def test_any_restart_counts_and_what_was_shown_is_not_attacked_again(monkeypatch, tmp_path):
