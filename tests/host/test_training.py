@@ -195,7 +195,7 @@ def test_calibration_is_told_what_harmful_prompts_and_runs_read(demo, monkeypatc
     hgr = train(demo)[0]
     p, b = given["harmful"]
     categories = len(hgr.info.categories)
-    assert p.shape[1] == categories and b.shape[::2] == (6, categories)  # six harmful runs
+    assert p.shape[1] == b.shape[2] == categories
     shown = [~each.isnan() for each in (p, b)]
     assert all(each.any() and not each.all() for each in shown) and all(
         (e[s] > 0).all() for e, s in zip((p, b), shown, strict=True)
