@@ -17,6 +17,7 @@ from demo.sampling import scale_input
 from hgr_models import CategorySettings, output_units, redirect_guidance, warm_up_steps
 from hgr_models.concept import select_concept, sld_term
 from hgr_models.redirection import read_guidance
+from hgr_models.shapes import per_row
 
 from .safety_peers import ConceptPeer
 from .safety_pictures import Arm
@@ -68,10 +69,6 @@ def soft_gate(logits: Tensor, thresholds: Tensor, settings: CategorySettings) ->
     return strengths * (above / GATE_TEMPERATURE).sigmoid(), quiet
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
 class SafeCFG(Plain):
     """An HGR in mode "condition", "guidance" or "both"."""
 
@@ -99,7 +96,7 @@ class SafeCFG(Plain):
             return super().rewrite(tokens)
         network = self.hgr.condition
         weights, quiet = soft_gate(network.harmfulness_logits(tokens), self.hgr.condition_thresholds, self.settings)
-        return tokens + _rows(self._opened(weights), tokens) * network.delta(tokens, None, weights)[0], quiet
+        return tokens + per_row(self._opened(weights), tokens) * network.delta(tokens, None, weights)[0], quiet
 
     def steer(self, step: Step, facts: Facts, remember: bool) -> tuple[Tensor, Tensor]:
         if self.redirection.mode == "condition":
@@ -111,8 +108,8 @@ class SafeCFG(Plain):
         if remember:
             weights = torch.maximum(weights, facts["flagged"])
         a, r = hgr.guidance.correct(reading, weights)
-        change = _rows(n, r) * (r - a * direction)
-        return cond + _rows(self._opened(weights), r) * change, quiet
+        change = per_row(n, r) * (r - a * direction)
+        return cond + per_row(self._opened(weights), r) * change, quiet
 
     def _opened(self, weights: Tensor) -> Tensor:
         """How far the widest gate is open (B,), in [0, 1]."""
@@ -134,7 +131,7 @@ class SoftConcepts(Plain):
         warm_up = warm_up_steps(self.settings.warm_up, steps)
         momentum, found = None, []
         for step in run:
-            units = _rows(output_units(step.sigma, "EPS"), step.x)
+            units = per_row(output_units(step.sigma, "EPS"), step.x)
             directions = torch.stack([units * (step.predict(model, each) - step.uncond_denoised) for each in encoded])
             guidance = units * (step.cond_denoised - step.uncond_denoised)
             before = torch.zeros_like(step.x) if momentum is None else momentum
@@ -143,14 +140,14 @@ class SoftConcepts(Plain):
         return {key: torch.stack([each[key] for each in found]) for key in found[0]}
 
     def steer(self, step: Step, facts: Facts, remember: bool) -> tuple[Tensor, Tensor]:
-        units, s = _rows(output_units(step.sigma, "EPS"), step.x), self.settings
+        units, s = per_row(output_units(step.sigma, "EPS"), step.x), self.settings
         guidance = units * (step.cond_denoised - step.uncond_denoised)
         direction = _chosen(guidance, facts["concepts"].transpose(0, 1))
         excess = guidance - direction
         below = ((s.threshold - excess) / SLD_TEMPERATURE).sigmoid()
         term = below * (excess.abs() * s.scale).clamp(max=1) * direction + s.momentum_scale * facts["momentum"]
         safe = step.cond_denoised - term / units
-        return torch.where(_rows(facts["active"], safe), safe, step.cond_denoised), safe.new_zeros(len(safe))
+        return torch.where(per_row(facts["active"], safe), safe, step.cond_denoised), safe.new_zeros(len(safe))
 
 
 def _chosen(guidance: Tensor, directions: Tensor) -> Tensor:

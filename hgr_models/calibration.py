@@ -9,6 +9,7 @@ from .detection import Seen, detect, prompt_scores
 from .hgr import HGR, HGRInfo
 from .recording import Points
 from .redirection import log_snr_of, read_guidance
+from .shapes import per_row
 from .shards import HARMFUL, Recording, Texts
 
 HARMFUL_TEXTS = 512  # that are read to know how far harmful prompts are
@@ -95,7 +96,7 @@ def run_maxima(hgr: HGR, points: Points, device: torch.device, batch: int = 64) 
 @torch.no_grad()
 def guidance_readings(hgr: HGR, points: Points, device: torch.device) -> Tensor:
     """`b` of recorded points, (N, K), on the CPU."""
-    x_in = points.x * points.c_in.view(-1, *[1] * (points.x.ndim - 1))
+    x_in = points.x * per_row(points.c_in, points.x)
     parts = (t.to(device) for t in (points.cond_denoised, points.uncond_denoised, x_in, points.sigma))
     return read_guidance(hgr.guidance, *parts)[2].direction_logits.sigmoid().cpu()
 
@@ -110,7 +111,7 @@ def picture_readings(hgr: HGR, points: Points, prompts: Texts, device: torch.dev
 
     def see(part: float, noise: Tensor) -> Seen:
         some = points[next(looks)]
-        x_in = some.x * some.c_in.view(-1, *[1] * (some.x.ndim - 1))
+        x_in = some.x * per_row(some.c_in, some.x)
         return Seen(*(t.to(device) for t in (x_in, some.sigma, some.uncond_denoised, some.cond_denoised)))
 
     rows = (None if t is None else t.to(device) for t in (prompts.tokens, prompts.pooled, prompts.mask))

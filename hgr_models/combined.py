@@ -21,6 +21,7 @@ from .errors import HGRError
 from .guidance import Reading
 from .hgr import HGR, HGRInfo
 from .redirection import RMS_FLOOR
+from .shapes import per_row
 
 FAMILY = ("latent_format", "latent_channels", "latent_dimensions", "prediction", "token_width", "pooled_width")
 NEVER = -1e4  # logit of a category that no network of this kind judges: its sigmoid is exactly 0
@@ -88,7 +89,7 @@ class CombinedCondition(Parts):
             now = [t if t is None else t + change.to(t.dtype) for t, change in zip((tokens, pooled), changes, strict=True)]
             found = network.delta(*now, own, mask)
             changes = [
-                change if more is None else torch.where(_rows(flagged, more), change + more, change)
+                change if more is None else torch.where(per_row(flagged, more), change + more, change)
                 for change, more in zip(changes, found, strict=True)
             ]
         return changes[0], changes[1]
@@ -127,13 +128,13 @@ class CombinedGuidance(Parts):
                 found = reading.first
             else:
                 size = torch.where(done, left.flatten(1).square().mean(dim=1).sqrt().clamp(min=RMS_FLOOR), size)
-                left = torch.where(_rows(done, left), left / _rows(size, left), direction)
+                left = torch.where(per_row(done, left), left / per_row(size, left), direction)
                 found = network.read(left, x_in, uncond_denoised, log_snr, log_norm + size.log())
             own_a, own_r = network.correct(found, own)
             alone, again = flagged & ~done, flagged & done
-            after = _rows(size, r) * (left + own_r - own_a * left)
-            r = torch.where(_rows(again, r), after - direction, torch.where(_rows(alone, r), own_r, r))
-            a = torch.where(_rows(again, a), 0.0, torch.where(_rows(alone, a), own_a, a))
+            after = per_row(size, r) * (left + own_r - own_a * left)
+            r = torch.where(per_row(again, r), after - direction, torch.where(per_row(alone, r), own_r, r))
+            a = torch.where(per_row(again, a), 0.0, torch.where(per_row(alone, a), own_a, a))
             done = done | flagged
         return a, r
 
@@ -192,7 +193,3 @@ def _category_names(infos: Sequence[HGRInfo], names: Sequence[str]) -> list[list
 def _thresholds_below(info: HGRInfo, end: float) -> tuple[float, ...]:
     """The guidance thresholds (K,) of the noise levels that end at -2 ln sigma = `end`."""
     return info.guidance_thresholds[bisect_left(info.guidance_levels, end)]
-
-
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))

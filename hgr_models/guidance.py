@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import start_at_zero
-from .redirection import _rows
+from .shapes import per_row
 
 GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
 FRAMES = 4
@@ -168,7 +168,7 @@ class GuidanceRedirector(nn.Module):
             r = r.unflatten(0, (-1, frames)).transpose(1, 2)
         else:
             near = near[:, :, 0]
-        return near * _rows(a, near), near * r
+        return near * per_row(a, near), near * r
 
 
 def _near(reading: Reading, weights: Tensor, elsewhere: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import HGRError
 from .files import write_whole
+from .shapes import per_row
 
 FORMAT = {"safecfg_samples": "1"}  # metadata of a file
 MAX_HALF = 6e4
@@ -191,6 +192,6 @@ def _emptied(batch: Batch, empty: Tensor, samples: Samples) -> Batch:
     for name in ("tokens", "pooled", "mask"):
         if (value := getattr(batch, name)) is not None:
             nothing = getattr(samples, name)[-1].to(value)
-            setattr(batch, name, torch.where(empty.view(-1, *[1] * (value.ndim - 1)), nothing, value))
+            setattr(batch, name, torch.where(per_row(empty, value), nothing, value))
     batch.empty = empty
     return batch

@@ -9,6 +9,7 @@ from .condition import ConditionRedirector, in_units
 from .guidance import GuidanceRedirector
 from .recording import Points, Prompts
 from .redirection import RMS_FLOOR, read_guidance
+from .shapes import per_row
 
 
 def mean_square(t: Tensor) -> Tensor:
@@ -73,13 +74,12 @@ def guidance_losses(
     harms (B, K) of the direction, weights (B, K) to redirect with, target (B, C, *spatial): the x0 prediction to reach,
     has_direction (B,) 0 where g = 0 stands for a picture alone, which only `q` is taught with.
     """
-    x_in = points.x * points.c_in.view(-1, *[1] * (points.x.ndim - 1))
-    keep = has_direction.view(-1, *[1] * (points.x.ndim - 1))
+    x_in = points.x * per_row(points.c_in, points.x)
+    keep = per_row(has_direction, points.x)
     cond = points.uncond_denoised + keep * (points.cond_denoised - points.uncond_denoised)
     direction, n, reading = read_guidance(network, cond, points.uncond_denoised, x_in, points.sigma)
     a, r = network.correct(reading, weights, elsewhere=1.0)
-    view = lambda t: t.view(-1, *[1] * (r.ndim - 1))  # noqa: E731
-    wanted = (target - points.cond_denoised) / view(n)  # in units of n
+    wanted = (target - points.cond_denoised) / per_row(n, r)  # in units of n
     error = mean_square(r - a * direction - wanted) * has_direction
     b = F.binary_cross_entropy_with_logits(reading.direction_logits, harms, reduction="none").mean(dim=1) * has_direction
     q = F.binary_cross_entropy_with_logits(reading.picture_logits, points.shown, reduction="none").mean(dim=1)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .shapes import per_row
+
 # (x, sigma (B,), tokens (B, T, D)) -> x0 prediction
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (x, sigma, uncond_denoised, cond_denoised) -> the cond_denoised to follow
@@ -74,10 +76,9 @@ def record_runs(
     """Samples one batch of prompts along `sigmas` (steps + 1,) with Euler steps and records every step.
 
     `c_in` gives the input scaling of noise levels (B,); noise (B, C, *spatial); `follow` is "prompt", "partner" or "policy";
-    cond_scale (B,). `looks` are noise levels and noise
-    (B, C, *spatial): the finished latents are noised to each and evaluated once more, as a detector will see pictures.
+    cond_scale (B,). `looks` are noise levels and noise (B, C, *spatial): the finished latents are noised to each and evaluated
+    once more, as a detector will see pictures.
     """
-    view = lambda t: t.view(-1, *[1] * (noise.ndim - 1))  # noqa: E731
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
     shown = {"prompt": prompts.harms}.get(follow, prompts.harms - prompts.removed)
     rows, count = torch.arange(len(prompts)), len(prompts)
@@ -94,7 +95,7 @@ def record_runs(
         parts.append(at := point(x, sigma.expand(count)))
         towards = {"prompt": at.cond_denoised, "partner": at.partner_denoised}.get(follow)
         towards = policy(x, at.sigma, at.uncond_denoised, at.cond_denoised) if towards is None else towards
-        denoised = at.uncond_denoised + view(cond_scale) * (towards - at.uncond_denoised)
+        denoised = at.uncond_denoised + per_row(cond_scale, x) * (towards - at.uncond_denoised)
         x = x + (x - denoised) / sigma * (following - sigma)
     parts += [point(x + level * again, x.new_full((count,), level)) for level, again in looks]
     return Points.cat(parts)

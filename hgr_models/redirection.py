@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import HGRError
+from .shapes import per_row
 
 RMS_FLOOR = 1e-6  # of the guidance; below it there is nothing to redirect
 SIGMA_FLOOR = 1e-4  # core can call a model at sigma 0
@@ -96,10 +97,6 @@ def category_weights(harmfulness: Tensor, thresholds: Tensor, settings: Category
     return torch.where(harmfulness <= limit, 0.0, _strengths(settings, harmfulness.device))
 
 
-def _rows(flags: Tensor, like: Tensor) -> Tensor:
-    return flags.view(-1, *[1] * (like.ndim - 1))
-
-
 @torch.no_grad()
 def redirect_condition(
     hgr, tokens: Tensor, pooled: Tensor | None, settings: CategorySettings, mask: Tensor | None = None
@@ -113,9 +110,9 @@ def redirect_condition(
     weights = category_weights(p, hgr.condition_thresholds, settings)
     flagged = (weights > 0).any(dim=1)
     d_tokens, d_pooled = network.delta(tokens, pooled, weights, mask)
-    safe = torch.where(_rows(flagged, tokens), tokens + d_tokens.to(tokens.dtype), tokens)
+    safe = torch.where(per_row(flagged, tokens), tokens + d_tokens.to(tokens.dtype), tokens)
     if pooled is not None and d_pooled is not None:
-        pooled = torch.where(_rows(flagged, pooled), pooled + d_pooled.to(pooled.dtype), pooled)
+        pooled = torch.where(per_row(flagged, pooled), pooled + d_pooled.to(pooled.dtype), pooled)
     return ConditionResult(safe, pooled, p, weights)
 
 
@@ -123,7 +120,7 @@ def guidance_units(cond_denoised: Tensor, uncond_denoised: Tensor) -> tuple[Tens
     """Direction of unit rms (B, C, *spatial) and its floored rms n (B,), float32."""
     g = cond_denoised.float() - uncond_denoised.float()  # fp32: a small difference of two large tensors
     n = g.flatten(1).square().mean(dim=1).sqrt().clamp(min=RMS_FLOOR)
-    return g / _rows(n, g), n
+    return g / per_row(n, g), n
 
 
 def log_snr_of(sigma: Tensor) -> Tensor:
@@ -163,7 +160,7 @@ def redirect_guidance(
     if weights.device.type == "cpu" and not weights.any():  # elsewhere, looking would wait for the device
         return GuidanceResult(cond_denoised, b, weights)
     a, r = hgr.guidance.correct(reading, weights)
-    change = _rows(n, r) * (r - a * direction)
-    active = _rows((weights > 0).any(dim=1), r)
+    change = per_row(n, r) * (r - a * direction)
+    active = per_row((weights > 0).any(dim=1), r)
     safe = torch.where(active, cond_denoised + change.to(cond_denoised.dtype), cond_denoised)
     return GuidanceResult(safe, b, weights)

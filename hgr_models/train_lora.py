@@ -18,6 +18,7 @@ from .lora import LoRA
 from .lora_samples import Batch, Judgement, Pool, Samples, texts_of
 from .losses import capped, mean_square
 from .redirection import CategorySettings, redirect_condition, redirect_guidance
+from .shapes import per_row
 from .training import Training
 
 # (x, sigma (B,), tokens (B, T, D), pooled (B, P) or None, mask (B, T) or None) -> x0 prediction; carries gradients to a LoRA
@@ -68,7 +69,7 @@ def safe_denoised(
     own = predict(x, sigma, tokens, pooled, mask)
     if hgr.guidance is None:
         return own, by_prompt, held
-    x_in = x * c_in.view(-1, *[1] * (x.ndim - 1))
+    x_in = x * per_row(c_in, x)
     result = redirect_guidance(hgr, own, uncond, x_in, sigma, settings, held)
     return result.cond_denoised, by_prompt, result.weights
 
@@ -129,7 +130,7 @@ class LoraTraining(Training):
             return float("inf")
         # At a low noise level the network adds little to x, and nothing can move the prediction by a share of its own size.
         added = mean_square(batch.x - denoised.detach()).sqrt().clamp(min=1e-6)
-        weights = torch.randn(batch.x.shape, generator=generator).to(batch.x) / added.view(-1, *[1] * (batch.x.ndim - 1))
+        weights = torch.randn(batch.x.shape, generator=generator).to(batch.x) / per_row(added, batch.x)
         # The sum, not the mean: divided by a million values, fp16 would lose it on the way back.
         gradients = torch.autograd.grad((denoised * weights).sum(), ups, allow_unused=True)
         pairs = [(up, gradient) for up, gradient in zip(ups, gradients, strict=True) if gradient is not None]

@@ -9,6 +9,7 @@ from ... import hgr_models
 from ...hgr_models import losses
 from ...hgr_models.calibration import only_shown, picture_readings, run_maxima
 from ...hgr_models.recording import Points, Prompts
+from ...hgr_models.shapes import per_row
 from ...hgr_models.shards import Texts
 
 
@@ -73,7 +74,7 @@ def _look_at_guidance(found: Found, hgr, points: Points, runs: int, on, device: 
     steps = list(torch.arange(len(points)).split(runs))
     for i, rows in enumerate(steps):
         some = points[rows]
-        x_in = some.x * some.c_in.view(-1, *[1] * (some.x.ndim - 1))
+        x_in = some.x * per_row(some.c_in, some.x)
         parts = (t.to(device) for t in (some.cond_denoised, some.uncond_denoised, x_in, some.sigma))
         result = hgr_models.redirect_guidance(hgr, *parts, on, flagged)
         flagged = result.weights
