@@ -23,17 +23,20 @@ from .files import write_whole
 KEY = "safecfg_lora"  # of the metadata entry
 PREFIX = "diffusion_model."
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
-LINEAR, ALL = "linear", "linear and conv"
-LAYERS = (ALL, LINEAR)
+AUTO, CROSS_ATTENTION, LINEAR, ALL = LAYERS = ("auto", "cross-attention", "linear", "linear and conv")
+READS_THE_PROMPT = ".attn2."  # in the names of the layers in which a UNet of ComfyUI reads the prompt
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank and strength (alpha / rank) of every adapter, and the layers that get one, of `LAYERS`."""
+    """Rank and strength (alpha / rank) of every adapter, and the layers that get one, of `LAYERS`.
 
-    rank: int = 16
-    alpha: float = 16.0
-    layers: str = ALL
+    "auto" is "cross-attention" where a network has such layers, and else "linear".
+    """
+
+    rank: int = 64
+    alpha: float = 64.0
+    layers: str = AUTO
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -132,11 +135,21 @@ def new_lora(network: nn.Module, settings: LoraSettings, seed: int) -> LoRA:
     if settings.layers not in LAYERS:
         raise HGRError(f"Expected the layers of a LoRA to be one of {', '.join(LAYERS)}, but got {settings.layers!r}.")
     generator = torch.Generator().manual_seed(seed)
-    wanted = (is_linear, is_conv) if settings.layers == ALL else (is_linear,)
-    found = {name: layer for name, layer in network.named_modules() if any(is_kind(layer) for is_kind in wanted)}
+    found = _chosen_layers(network, settings.layers)
     if not found:
-        raise HGRError(f"This network ({type(network).__name__}) has no layers that a LoRA could be added to.")
+        raise HGRError(
+            f"This network ({type(network).__name__}) has no layers of the kind {settings.layers!r} that a LoRA could be added to. "
+            f"Choose other `layers`, of {', '.join(LAYERS)}."
+        )
     return LoRA({name: _adapter(layer, settings, generator) for name, layer in found.items()})
+
+
+def _chosen_layers(network: nn.Module, layers: str) -> dict[str, nn.Module]:
+    linear = {name: layer for name, layer in network.named_modules() if is_linear(layer)}
+    reading = {name: layer for name, layer in linear.items() if READS_THE_PROMPT in name}
+    if layers == ALL:
+        return {name: layer for name, layer in network.named_modules() if name in linear or is_conv(layer)}
+    return {AUTO: reading or linear, CROSS_ATTENTION: reading, LINEAR: linear}[layers]
 
 
 def lora_from(tensors: Mapping[str, Tensor]) -> LoRA:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .hgr import HGR
 from .lora import LoRA
 from .lora_samples import Batch, Judgement, Pool, Samples, texts_of
-from .losses import capped, mean_square
+from .losses import mean_square
 from .redirection import CategorySettings, redirect_condition, redirect_guidance
 from .shapes import per_row
 from .training import Training
@@ -25,6 +25,9 @@ from .training import Training
 PredictFor = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 EMPTY_SHARE = 0.2  # of a batch: rows that get the empty prompt, so that the unconditional prediction stays
 CAP = 5.0  # of a sample's error: a few hopeless ones must not rule a step
+KEPT_WEIGHT = (
+    4.0  # of rows that should stay as they are, beside those that the HGR turns: what a LoRA spoils is spoilt everywhere
+)
 NUDGES = (0.2, 0.02)  # of what the network adds to x: how far the check of the gradient moves it
 CONVINCING = 0.05  # an error after which no smaller nudge is tried
 
@@ -111,9 +114,11 @@ class LoraTraining(Training):
         batch = self._draw(predict)
         # In units of the direction, which weigh noise levels evenly.
         error = mean_square(_predicted(predict, batch) - batch.target) / batch.size
-        loss = capped(error, CAP)
+        flagged, quiet, empty = batch.kinds()
+        weight = torch.where(flagged, 1.0, KEPT_WEIGHT)
+        loss = (weight * error.clamp(max=CAP)).sum() / weight.sum()
         self.advance(loss)
-        return LoraReport(loss.item(), *(_mean(error.detach()[rows]) for rows in batch.kinds()))
+        return LoraReport(loss.item(), *(_mean(error.detach()[rows]) for rows in (flagged, quiet, empty)))
 
     def gradient_error(self, predict: PredictFor) -> float:
         """How far the gradient of a loss at the adapters is from its finite difference, relative; 0 is exact.

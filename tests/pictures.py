@@ -35,7 +35,7 @@ LOADERS = {  # where a loader's files lie
     "CheckpointLoaderSimple": "checkpoints", "UNETLoader": "diffusion_models", "DualCLIPLoader": "text_encoders", "VAELoader": "vae",
     "SafeCFG_LoadHGR": "hgr",
 }  # fmt: skip
-FEW = {"harmful_runs": 24, "clean_runs": 16, "calibration_runs": 16, "condition_steps": 60, "guidance_steps": 60, "steps": 20}
+FEW = {"harmful_runs": 24, "clean_runs": 16, "calibration_runs": 16, "condition_steps": 60, "guidance_steps": 60}
 # The box around all groups and nodes, or around one kind of node, titles included: [x, y, width, height].
 BOX = """kind => {
   const nodes = app.graph._nodes.filter((node) => !kind || node.type === kind);

@@ -5,7 +5,19 @@ import torch
 from torch import nn
 
 from hgr_models import HGRError
-from hgr_models.lora import ALL, LINEAR, LoRA, LoraSettings, load_lora, lora_from, new_lora, save_lora
+from hgr_models.lora import (
+    ALL,
+    AUTO,
+    CROSS_ATTENTION,
+    LAYERS,
+    LINEAR,
+    LoRA,
+    LoraSettings,
+    load_lora,
+    lora_from,
+    new_lora,
+    save_lora,
+)
 
 
 class Net(nn.Module):
@@ -29,16 +41,16 @@ def net():
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def trained(net, **settings) -> LoRA:
+def trained(net, layers=ALL) -> LoRA:
     """A LoRA that changes something."""
-    lora = new_lora(net, LoraSettings(4, 2.0, **settings), 0)
+    lora = new_lora(net, LoraSettings(4, 2.0, layers), 0)
     for i, adapter in enumerate(lora.adapters):
         nn.init.normal_(adapter.up, std=0.5, generator=torch.Generator().manual_seed(i))
     return lora
 
 
 def test_a_new_lora_changes_nothing_and_learns_everywhere(net):
-    lora, plain = new_lora(net, LoraSettings(4, 2.0), 0), net(X)
+    lora, plain = new_lora(net, LoraSettings(4, 2.0, ALL), 0), net(X)
     with lora.attached(net):
         assert torch.equal(net(X), plain)
         net(X).square().sum().backward()
@@ -78,6 +90,16 @@ def test_layers_ranks_and_scales(net):
     # a layer with two outputs has rank 2 at most, and the same alpha / rank
     assert tensors["diffusion_model.blocks.0.2.lora_up.weight"].shape == (2, 2)
     assert tensors["diffusion_model.blocks.0.2.alpha"] == 1.0 and tensors["diffusion_model.conv.alpha"] == 2.0
+
+
+def test_a_unet_is_changed_where_it_reads_the_prompt():
+    block = nn.ModuleDict({"attn1": nn.ModuleDict({"to_k": nn.Linear(4, 4)}), "attn2": nn.ModuleDict({"to_k": nn.Linear(6, 4)})})
+    unet, transformer = nn.ModuleList([block]), nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 1))
+    names = lambda network, layers: new_lora(network, LoraSettings(2, 2.0, layers), 0).names  # noqa: E731
+    assert names(unet, CROSS_ATTENTION) == names(unet, AUTO) == ("0.attn2.to_k",)
+    assert names(unet, LINEAR) == ("0.attn1.to_k", "0.attn2.to_k") and names(transformer, AUTO) == ("0",)
+    with pytest.raises(HGRError, match="no layers of the kind 'cross-attention'.*Choose other `layers`"):
+        names(transformer, CROSS_ATTENTION)
 
 
 def test_the_seed_decides(net):
@@ -130,7 +152,7 @@ def test_errors_say_what_is_wrong(net, tmp_path):
     assert not any(layer._forward_hooks for layer in net.modules())
     with pytest.raises(HGRError, match="no layers"):
         new_lora(nn.Sequential(nn.GELU()), LoraSettings(), 0)
-    with pytest.raises(HGRError, match=f"one of {ALL}, {LINEAR}, but got 'some'"):
+    with pytest.raises(HGRError, match=f"one of {', '.join(LAYERS)}, but got 'some'"):
         new_lora(net, LoraSettings(layers="some"), 0)
     tensors = lora.tensors()
     with pytest.raises(HGRError, match="lacks 'diffusion_model.conv.alpha'"):

@@ -179,11 +179,12 @@ def _prompt_inputs() -> list:
 
 def _lora_inputs() -> list:
     return [
-        number(io.Int, "rank", 16, 1, 256, "Rank of the LoRA: more can learn more, and makes a larger file."),
-        number(io.Float, "alpha", 16.0, 0.1, 512.0, "The LoRA is scaled by alpha / rank.", step=0.5, advanced=True),
+        number(io.Int, "rank", 64, 1, 256, "Rank of the LoRA: more can learn more, and makes a larger file."),
+        number(io.Float, "alpha", 64.0, 0.1, 512.0, "The LoRA is scaled by alpha / rank.", step=0.5, advanced=True),
         make_input(
             io.Combo, "layers", options=list(LAYERS), default=LAYERS[0], advanced=True,
-            tooltip="Which layers the LoRA changes. Without convolutions it is smaller and faster; models such as Flux have none anyway.",
+            tooltip="Which layers the LoRA changes. cross-attention: where a UNet (SD1.5, SDXL) reads the prompt; trains fastest, and leaves "
+            "most as it is. auto: those, or linear for models without them, such as Flux and SD3.",
         ),
         number(io.Int, "steps", 1500, 1, 1_000_000, "Training steps of `batch` samples each."),
         number(

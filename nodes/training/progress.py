@@ -51,4 +51,4 @@ class Progress:
             total = sum(self.parts.values()) or 1.0
             picture = ("JPEG", self.draw(), PREVIEW_SIZE)
             self.bar.update_absolute(round(UNITS * (1 - self.left / total)), UNITS, picture)
-            self.say(f"{message}, about {in_words(self.left)} left")
+            self.say(f"{message}, about {in_words(self.left)} left" if self.left else message)

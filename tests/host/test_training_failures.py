@@ -92,6 +92,15 @@ def test_the_state_is_saved_often_enough(monkeypatch):
     assert len(saves) > 4 and all(b - a <= 60 for a, b in zip([0.0, *saves], saves, strict=False))
 
 
+def test_what_is_done_has_no_time_left(monkeypatch):
+    said = []
+    bar = progress.Progress({"a": 100.0, "b": 3.0}, lambda: None, lambda: None, said.append)
+    monkeypatch.setattr(bar.bar, "update_absolute", lambda *args: None)
+    bar.update("a", 1.0, "a is done")
+    bar.update("b", 1.0, "done")
+    assert said == ["a is done, about 3 s left", "done"]
+
+
 def test_no_room_for_the_state_keeps_the_old_one(tiny, monkeypatch):
     """A real limit of the system, reached while the condition redirector learns."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
