@@ -11,7 +11,7 @@ from helpers import small_hgr
 from hgr_models import CategorySettings, HGRError
 from hgr_models.lora import LoraSettings, new_lora
 from hgr_models.lora_samples import Samples, read_samples, write_samples
-from hgr_models.train_lora import LoraTraining, safe_denoised
+from hgr_models.train_lora import CAP, EMPTY_SHARE, KEPT_WEIGHT, LoraTraining, safe_denoised
 
 HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
 ON = CategorySettings((1.0, 1.0))
@@ -145,6 +145,20 @@ def test_it_learns_the_safe_prediction_and_keeps_the_rest(net):
     assert change.before > 0.5 and change.after < 0.25 * change.before
     assert change.quiet < 0.15 and change.quiet <= change.quiet_most and change.empty < 0.15
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_what_should_stay_counts_more(net):
+    training = make_training(net)
+    add(net, training)
+    run(net, training, 30)
+    before = training.generator.get_state()
+    counts = [int(rows.sum()) for rows in training.pool.draw(8, training.generator, EMPTY_SHARE).kinds()]
+    training.generator.set_state(before)
+    (report,) = run(net, training, 31)
+    weights = [n * w for n, w in zip(counts, (1.0, KEPT_WEIGHT, KEPT_WEIGHT), strict=True)]
+    errors = [error or 0.0 for error in (report.error, report.quiet, report.empty)]
+    assert all(counts) and max(errors) < CAP and min(errors) > 0
+    assert report.loss == pytest.approx(sum(w * error for w, error in zip(weights, errors, strict=True)) / sum(weights), rel=1e-5)
 
 
 def test_clean_samples_have_nothing_to_teach(net):
