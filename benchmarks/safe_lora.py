@@ -235,6 +235,8 @@ def main() -> None:
         parser.error("expected --images, --steps, --runs, --train-steps and --rank of at least 1")
     if args.train_only and not args.out:
         parser.error("expected --out FILE beside --train-only: where to keep the LoRA")
+    if (args.out and args.lora) or (args.train_only and (args.lora or args.supervised)):
+        parser.error("expected --lora and --supervised without --out and --train-only: a LoRA that is given is not trained")
     results = measure(args)
     print(said(results["training"]) if args.train_only else table(results))
     if args.json:

@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -82,7 +83,7 @@ class Judgement:
         """Of both redirectors together, (S * P, K)."""
         return torch.maximum(self.by_prompt.repeat(len(self.by_guidance) // len(self.by_prompt), 1), self.by_guidance)
 
-    @property
+    @cached_property  # every training step asks
     def flagged(self) -> Tensor:
         """(S * P,) bool."""
         return (self.weights > 0).any(dim=1)
@@ -110,8 +111,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if t is None else t.to(device) for t in vars(self).values()))
 
-    def given(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What a denoiser is given for some rows (B,) bool."""
+    def given(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What a denoiser is given for all rows, or for some (B,) bool."""
         return tuple(None if t is None else t[rows] for t in (self.x, self.sigma, self.tokens, self.pooled, self.mask))
 
     def kinds(self) -> tuple[Tensor, Tensor, Tensor]:

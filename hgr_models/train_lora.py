@@ -4,6 +4,8 @@ Nothing here knows what is harmful: the HGR alone judges, and no argument could 
 
     cond_denoised of the redirected condition, then the guidance redirector        where the HGR flags
     the frozen model's own prediction                                              elsewhere, and for the empty prompt
+
+and rows of the second kind count more (KEPT_WEIGHT): a LoRA is loaded for every picture, and most are clean.
 """
 
 from collections import defaultdict
@@ -25,9 +27,7 @@ from .training import Training
 PredictFor = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 EMPTY_SHARE = 0.2  # of a batch: rows that get the empty prompt, so that the unconditional prediction stays
 CAP = 5.0  # of a sample's error: a few hopeless ones must not rule a step
-KEPT_WEIGHT = (
-    4.0  # of rows that should stay as they are, beside those that the HGR turns: what a LoRA spoils is spoilt everywhere
-)
+KEPT_WEIGHT = 4.0  # of rows that should stay as they are, beside those that the HGR turns
 NUDGES = (0.2, 0.02)  # of what the network adds to x: how far the check of the gradient moves it
 CONVINCING = 0.05  # an error after which no smaller nudge is tried
 
@@ -113,7 +113,7 @@ class LoraTraining(Training):
         """One step; `predict` runs the frozen model with the LoRA attached, and carries gradients to it."""
         batch = self._draw(predict)
         # In units of the direction, which weigh noise levels evenly.
-        error = mean_square(_predicted(predict, batch) - batch.target) / batch.size
+        error = mean_square(predict(*batch.given()) - batch.target) / batch.size
         flagged, quiet, empty = batch.kinds()
         weight = torch.where(flagged, 1.0, KEPT_WEIGHT)
         loss = (weight * error.clamp(max=CAP)).sum() / weight.sum()
@@ -128,7 +128,7 @@ class LoraTraining(Training):
         """
         generator = torch.Generator().manual_seed(0)
         batch = self.pool.draw(self.batch, generator, 0.0).to(self.device)
-        run = lambda: _predicted(predict, batch).float()  # noqa: E731
+        run = lambda: predict(*batch.given()).float()  # noqa: E731
         ups = [adapter.up for adapter in self.network.adapters]
         denoised = run()
         if not denoised.requires_grad:
@@ -156,8 +156,8 @@ class LoraTraining(Training):
         for empty_share in (0.0, 1.0) * batches:
             batch = self.pool.draw(self.batch, generator, empty_share).to(self.device)
             with self.network.off():
-                own = _predicted(predict, batch)
-            changed = _predicted(predict, batch)
+                own = predict(*batch.given())
+            changed = predict(*batch.given())
             far, done, moved = (
                 mean_square(one - other) / batch.size
                 for one, other in ((own, batch.target), (changed, batch.target), (changed, own))
@@ -170,10 +170,6 @@ class LoraTraining(Training):
         rms = lambda name: (sum(columns[name]) / len(columns[name])) ** 0.5 if columns[name] else None  # noqa: E731
         most = max(columns["quiet"]) ** 0.5 if columns["quiet"] else None
         return Change(rms("before"), rms("after"), rms("quiet"), most, rms("empty"))
-
-
-def _predicted(predict: PredictFor, batch: Batch) -> Tensor:
-    return predict(batch.x, batch.sigma, batch.tokens, batch.pooled, batch.mask)
 
 
 @torch.no_grad()

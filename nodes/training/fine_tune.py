@@ -183,8 +183,8 @@ def _lora_inputs() -> list:
         number(io.Float, "alpha", 64.0, 0.1, 512.0, "The LoRA is scaled by alpha / rank.", step=0.5, advanced=True),
         make_input(
             io.Combo, "layers", options=list(LAYERS), default=LAYERS[0], advanced=True,
-            tooltip="Which layers the LoRA changes. cross-attention: where a UNet (SD1.5, SDXL) reads the prompt; trains fastest, and leaves "
-            "most as it is. auto: those, or linear for models without them, such as Flux and SD3.",
+            tooltip="Which layers the LoRA changes. cross-attention: where a UNet (SD1.5, SDXL) reads the prompt; trained faster on the "
+            "demo model, and changed clean pictures less. auto: those, or linear for models without them, such as Flux and SD3.",
         ),
         number(io.Int, "steps", 1500, 1, 1_000_000, "Training steps of `batch` samples each."),
         number(

@@ -152,6 +152,16 @@ def test_clean_data_leaves_the_model_as_it_is(demo, hgr):
     assert not any(t.any() for k, t in lora.items() if "lora_up" in k) and losses == {"loss": []}
 
 
+def test_what_it_will_take_counts_the_targets(demo, hgr, monkeypatch):
+    """They stay in memory in 16 bits, while two latents in 32 bits of every step are on disk."""
+    costs, estimate = [], safe_lora.LoraSession._estimate
+    monkeypatch.setattr(safe_lora.LoraSession, "_estimate", lambda self: costs.append(estimate(self)) or costs[-1])
+    for runs in (3, 9):
+        tune(demo, hgr, name=f"runs{runs}", runs=runs)
+    (few, many) = costs
+    assert many.disk > few.disk and 4 * (many.memory - few.memory) == many.disk - few.disk
+
+
 def test_harmful_data_alone_is_never_decoded(demo, hgr, monkeypatch):
     info = dataclasses.replace(hgr.info, condition_thresholds=(0.0,) * 3)  # everything is harmful
     network = copy.deepcopy(hgr.patcher.model)
