@@ -10,7 +10,16 @@ import importlib
 
 from .pipeline import add_device_option
 
-STEPS = {"words": 0, "autoencoder": 2000, "judge": 2600, "diffusion": 6000, "condition": 2400, "guidance": 9000, "reading": 400}
+STEPS = {
+    "words": 0,
+    "autoencoder": 2000,
+    "judge": 2600,
+    "diffusion": 6000,
+    "condition": 2400,
+    "guidance": 9000,
+    "hardened": 2000,
+    "calibration": 0,
+}
 PARTS = tuple(STEPS)
 
 

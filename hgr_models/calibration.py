@@ -15,7 +15,7 @@ from .shards import HARMFUL, Recording, Texts
 HARMFUL_TEXTS = 512  # that are read to know how far harmful prompts are
 TAIL = 0.1  # of the clean samples: the part whose shape says how rare a high reading is
 MISSED = 0.05  # of the harmful readings: those below are not what a margin is measured to
-CONDITION_SHARE = 0.2  # of the false positives; prompts are many and cheap, so their readings part better than those of runs
+CONDITION_SHARE = 0.5  # of the false positives: harm that no training showed is found by its prompt or not at all
 
 
 def joint_thresholds(clean: Tensor, rate: float, lowest: float, harmful: Tensor | None = None) -> Tensor:

@@ -68,17 +68,19 @@ def guidance_losses(
     weights: Tensor,
     target: Tensor,
     has_direction: Tensor,
+    elsewhere: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Error of the turned direction per sample (B,), cross-entropy of `b`, and of `q`, and the logits (B, K) of `b`.
 
     harms (B, K) of the direction, weights (B, K) to redirect with, target (B, C, *spatial): the x0 prediction to reach,
-    has_direction (B,) 0 where g = 0 stands for a picture alone, which only `q` is taught with.
+    has_direction (B,) 0 where g = 0 stands for a picture alone, which only `q` is taught with; `elsewhere` as in
+    `GuidanceRedirector.correct`.
     """
     x_in = points.x * per_row(points.c_in, points.x)
     keep = per_row(has_direction, points.x)
     cond = points.uncond_denoised + keep * (points.cond_denoised - points.uncond_denoised)
     direction, n, reading = read_guidance(network, cond, points.uncond_denoised, x_in, points.sigma)
-    a, r = network.correct(reading, weights, elsewhere=1.0)
+    a, r = network.correct(reading, weights, elsewhere)
     wanted = (target - points.cond_denoised) / per_row(n, r)  # in units of n
     error = mean_square(r - a * direction - wanted) * has_direction
     b = F.binary_cross_entropy_with_logits(reading.direction_logits, harms, reduction="none").mean(dim=1) * has_direction

@@ -76,17 +76,6 @@ class ConditionTraining(Training):
         harms = torch.cat([t.harms for t in texts])
         return StepReport(loss.item(), error.mean().item(), before, accuracies(logits, harms))
 
-    def only_reading(self) -> None:
-        """From now on only the last layer of the reading learns: the delta does not come through it and stays, bit for bit."""
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name.startswith(("read_norm", "read_head")))
-
-    def read_step(self, recording: Recording) -> float:
-        """One step of the reading alone, which needs no denoiser; its cross-entropy."""
-        loss, _ = self.objective.reading(self._texts(recording))
-        self.advance(loss)
-        return loss.item()
-
     @torch.no_grad()
     def error_on(self, held_out: Recording, predict: losses.PredictWith) -> float:
         """Mean distance to the partner's direction, as `StepReport.error`, on runs that are not trained on."""

@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
 from .errors import HGRError
+from .guidance import ELSEWHERE
 from .hgr import HGR
 from .recording import Points, Prompts
+from .redirection import read_guidance
+from .shapes import per_row
 from .shards import CLEAN, HARMFUL, Recording
 from .training import StepReport, Training, accuracies, on_device
 
@@ -34,8 +38,12 @@ class GuidanceTraining(Training):
         super().__init__(hgr.guidance, steps, rate, 0.998, seed)
         self.objective = GuidanceObjective(hgr.guidance)
 
-    def train_step(self, recording: Recording) -> StepReport:
-        """One step."""
+    def train_step(
+        self, recording: Recording, attacked: tuple[Points, Tensor] | None = None, alarming: Points | None = None
+    ) -> StepReport:
+        """One step. `attacked`: points whose directions someone bent, and their harms (B, K), which are turned as they are in use;
+        `alarming`: clean points that this network reads as harmful.
+        """
         shapes = recording.shapes()
         if not shapes:
             raise HGRError("The recording has no harmful and clean runs of the same latent size. Record both.")
@@ -49,10 +57,28 @@ class GuidanceTraining(Training):
         # At low noise a direction is small beside what separates it from its partner's, and the picture is drawn already:
         # without the division these points would rule the loss.
         loss = losses.capped(error / before.clamp(min=1), 20.0) + 0.5 * b + 0.3 * q
+        if attacked is not None:
+            loss = loss + 0.5 * self._attacked_loss(*attacked)
+        if alarming is not None:
+            loss = loss + 0.5 * self._alarm_loss(alarming)
         self.advance(loss)
         before = before[:HARMFUL_BATCH].mean().item()
         real = has_direction > 0
         return StepReport(loss.item(), error[:HARMFUL_BATCH].mean().item(), before, accuracies(logits[real], harms[real]))
+
+    def _attacked_loss(self, points: Points, harms: Tensor) -> Tensor:
+        """What counts of attacked points: that their harm is seen, and what is left of it with the correction as it is in use."""
+        ones = torch.ones(len(points), device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            error, b, *_ = self.objective(points, harms, harms, points.partner_denoised, ones, ELSEWHERE)
+        return losses.capped(error / losses.unredirected_guidance_error(points).clamp(min=1), 20.0) + b
+
+    def _alarm_loss(self, points: Points) -> Tensor:
+        """Cross-entropy of `b` at clean points."""
+        x_in = points.x * per_row(points.c_in, points.x)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            reading = read_guidance(self.network, points.cond_denoised, points.uncond_denoised, x_in, points.sigma)[2]
+        return F.softplus(reading.direction_logits.float()).mean()
 
     @torch.no_grad()
     def error_on(self, held_out: Recording, count: int = 64) -> float:

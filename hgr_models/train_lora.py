@@ -27,7 +27,7 @@ from .training import Training
 PredictFor = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 EMPTY_SHARE = 0.2  # of a batch: rows that get the empty prompt, so that the unconditional prediction stays
 CAP = 5.0  # of a sample's error: a few hopeless ones must not rule a step
-KEPT_WEIGHT = 4.0  # of rows that should stay as they are, beside those that the HGR turns
+KEPT_WEIGHT = 2.0  # of rows that should stay as they are, beside those that the HGR turns
 NUDGES = (0.2, 0.02)  # of what the network adds to x: how far the check of the gradient moves it
 CONVINCING = 0.05  # an error after which no smaller nudge is tried
 

@@ -1,13 +1,17 @@
 """Both trainings from shards on disk: they learn, resume to the last bit, and survive gradients that are not finite."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import small_hgr
-from hgr_models import HGRError
+from hgr_models import HGRError, losses
 from hgr_models.calibration import calibrated, harmful_readings
+from hgr_models.guidance import ELSEWHERE
 from hgr_models.recording import Prompts, record_runs
+from hgr_models.redirection import read_guidance
 from hgr_models.shards import CLEAN, HARMFUL, Recording, Texts, read_shard, write_runs, write_texts
 from hgr_models.train_condition import ConditionTraining
 from hgr_models.train_guidance import GuidanceTraining
@@ -131,33 +135,6 @@ def test_training_learns_and_resumes_to_the_last_bit(tmp_path, kind):
     assert through.error_on(Recording.open(tmp_path), *model) < 0.7 * first.error
 
 
-def test_reading_alone_learns_another_word_and_leaves_the_delta(tmp_path):
-    write_toy(tmp_path)
-    torch.manual_seed(1)
-    hgr = small_hgr(zero=True).requires_grad_(True)
-    training = ConditionTraining(hgr, 40, seed=3)
-    training.measure(Recording.open(tmp_path))
-    for _ in range(40):
-        training.train_step(Recording.open(tmp_path), predict_with)
-    training.finish()
-
-    def looked_at():
-        with torch.no_grad():
-            return hgr.condition.delta(word, None, torch.eye(2)[:1])[0], hgr.condition.harmfulness(word)[0, 1].item()
-
-    word = torch.stack([NEW, OTHER])[None]
-    texts = Texts(word.repeat(64, 1, 1), None, None, torch.tensor([[0.0, 1.0]] * 64))
-    write_texts(tmp_path / "more.safetensors", texts, {"seed": 0})
-    delta, p = looked_at()
-    again = ConditionTraining(hgr, 60, seed=4, rate=1e-2)
-    again.only_reading()
-    losses = [again.read_step(Recording.open(tmp_path)) for _ in range(60)]
-    again.finish()
-    after, read = looked_at()
-    assert delta.abs().max() > 0 and torch.equal(after, delta)
-    assert p < 0.9 < read and losses[-1] < 0.5 * losses[0]
-
-
 def test_calibration_reads_what_the_recording_shows_of_harm(tmp_path):
     write_toy(tmp_path)
     hgr, cpu = small_hgr(seed=1), torch.device("cpu")
@@ -240,3 +217,47 @@ def test_learning_rate_warms_up_and_decays():
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.02, abs=1e-3)
     assert learning_rate(0, 5, 1.0) == 1.0
+
+
+def test_attacked_points_teach_what_they_hide_and_how_they_are_turned(tmp_path):
+    """Directions that ordinary runs do not show, learnt beside them."""
+    points, prompts = write_toy(tmp_path)
+    bent = replace(
+        points, cond_denoised=points.uncond_denoised + 3 * torch.roll(points.cond_denoised - points.uncond_denoised, 1, 3)
+    )
+    harms = torch.tensor([[0.0, 1.0]]).repeat(len(bent), 1)  # a category that no run shows
+    ones = torch.ones(len(bent))
+
+    def learnt(attacked):
+        torch.manual_seed(0)
+        hgr = small_hgr(zero=True).requires_grad_(True)
+        training = GuidanceTraining(hgr, 60, seed=3, rate=5e-3)
+        for _ in range(60):
+            training.train_step(Recording.open(tmp_path), attacked)
+        with torch.no_grad():
+            error, b, *_ = losses.guidance_losses(hgr.guidance, bent, harms, harms, bent.partner_denoised, ones, ELSEWHERE)
+        return error.mean().item(), b.item()
+
+    (error, b), (ordinary_error, ordinary_b) = learnt((bent, harms)), learnt(None)
+    assert error < 0.1 * ordinary_error and b < 0.25 * ordinary_b
+
+
+def test_alarming_clean_points_are_learnt(tmp_path):
+    points, _ = write_toy(tmp_path)
+    strange = replace(
+        points, cond_denoised=points.uncond_denoised + torch.roll(points.cond_denoised - points.uncond_denoised, 1, 3)
+    )
+    x_in = strange.x * strange.c_in.view(-1, 1, 1, 1)
+
+    def read(alarming):
+        torch.manual_seed(0)
+        hgr = small_hgr(zero=True).requires_grad_(True)
+        training = GuidanceTraining(hgr, 60, seed=3, rate=5e-3)
+        for _ in range(60):
+            training.train_step(Recording.open(tmp_path), alarming=alarming)
+        with torch.no_grad():
+            return read_guidance(hgr.guidance, strange.cond_denoised, strange.uncond_denoised, x_in, strange.sigma)[
+                2
+            ].direction_logits
+
+    assert read(strange).max() < read(None).max() - 2

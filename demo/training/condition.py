@@ -20,7 +20,8 @@ from ..pipeline import DemoModel
 from .hgr_common import OUT, advance, calibrate, make_hgr, trained
 from .hgr_data import frozen, prompt_tensors, record, write_prompts
 
-RUNS, CLEAN_PROMPTS, HARMFUL_PROMPTS = 1920, 6000, 3000
+RUNS, CLEAN_PROMPTS, HARMFUL_PROMPTS = 1920, 6000, 6000
+WORDS = 0.5  # of the harmful prompts that are only read: words of harm rather than pictograms
 TWO_HARMS = 0.5  # of the runs: only they show what a category that is off means
 
 
@@ -35,7 +36,7 @@ def train(steps: int, device: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_prompts(model, [p.clean_pair(rng, p.harmless_words()[0], 0.4) for _ in range(CLEAN_PROMPTS)], folder, "clean")
-        write_prompts(model, [p.harmful_pair(rng) for _ in range(HARMFUL_PROMPTS)], folder, "harmful")
+        write_prompts(model, [p.harmful_pair(rng, words=WORDS) for _ in range(HARMFUL_PROMPTS)], folder, "harmful")
         training.measure(Recording.open(folder))
         prompts = prompt_tensors(model, [p.harmful_pair(rng, two=TWO_HARMS, alone=True) for _ in range(RUNS)], rng)
         hidden = disguise(prompts.tokens[RUNS // 2 :], hgr.condition.token_scale, 0.5, generator)

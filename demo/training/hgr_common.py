@@ -26,7 +26,8 @@ from ..sampling import normal_schedule, scale_input
 from .hgr_data import BATCH, prompt_tensors
 
 OUT = WEIGHTS.parents[1] / "hgr_models" / "weights" / "demo.safetensors"
-CALIBRATION_PROMPTS, CALIBRATION_RUNS, HARMFUL_RUNS = 4000, 800, 200
+CALIBRATION_PROMPTS, CALIBRATION_RUNS, HARMFUL_RUNS = 16000, 4000, 200
+CALIBRATION_PICTURES = 800  # finished runs that are looked at, and as many rendered scenes
 FALSE_POSITIVE_RATE = 0.0015  # per picture, both networks and all categories together
 PICTURE_RATE = 0.008  # of finished pictures that are looked at
 LEVELS = (-3.5, -1.0, 1.5)  # of -2 ln sigma: sigma 5.8, 1.6, 0.47
@@ -94,11 +95,8 @@ def advance(title: str, training, steps: int, step: Callable[[], StepReport]) ->
                 bar.set_postfix(error=f"{report.error:.3f}", before=f"{report.before:.3f}", right=f"{right:.3f}")
 
 
-def calibrate(model: DemoModel, hgr: HGR, seed: int, guidance: bool = True) -> HGRInfo:
-    """Thresholds of the networks that there are, from clean prompts and clean runs, with words that training never used.
-
-    Without `guidance` those of the guidance redirector stay.
-    """
+def calibrate(model: DemoModel, hgr: HGR, seed: int) -> HGRInfo:
+    """Thresholds of the networks that there are, from clean prompts and clean runs, with words that training never used."""
     hgr.eval()
     rng, generator = random.Random(f"calibration {seed}"), torch.Generator().manual_seed(seed)
     tokens = model.encode([p.clean_pair(rng, p.harmless_words()[1], 0.3).prompt for _ in range(CALIBRATION_PROMPTS)])
@@ -109,10 +107,11 @@ def calibrate(model: DemoModel, hgr: HGR, seed: int, guidance: bool = True) -> H
     prompts = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CALIBRATION_RUNS)], rng)
     prompts.negative_tokens = model.encode([""]).expand_as(prompts.tokens)
     runs, latents = sampled_runs(model, hgr, prompts, generator)
+    latents, drawn = latents[:CALIBRATION_PICTURES], prompts.tokens[:CALIBRATION_PICTURES]
     rendered, captions = clean_renders(model, len(latents), rng)
-    harmful = _harmful_readings(model, hgr, rng, generator) if guidance else (None, None)
-    hgr.info = calibrated(hgr, prompts_read, runs.cpu() if guidance else None, FALSE_POSITIVE_RATE, harmful=harmful)
-    scores = torch.cat([detect(model, hgr, latents, prompts.tokens).scores, detect(model, hgr, rendered, captions).scores])
+    harmful = _harmful_readings(model, hgr, rng, generator)
+    hgr.info = calibrated(hgr, prompts_read, runs.cpu(), FALSE_POSITIVE_RATE, harmful=harmful)
+    scores = torch.cat([detect(model, hgr, latents, drawn).scores, detect(model, hgr, rendered, captions).scores])
     return calibrated_on_pictures(hgr.info, scores.cpu(), PICTURE_RATE)
 
 
