@@ -80,7 +80,7 @@ def guidance_losses(
     keep = per_row(has_direction, points.x)
     cond = points.uncond_denoised + keep * (points.cond_denoised - points.uncond_denoised)
     direction, n, reading = read_guidance(network, cond, points.uncond_denoised, x_in, points.sigma)
-    a, r = network.correct(reading, weights, elsewhere)
+    a, r = network.correct(reading, weights, elsewhere=elsewhere)
     wanted = (target - points.cond_denoised) / per_row(n, r)  # in units of n
     error = mean_square(r - a * direction - wanted) * has_direction
     b = F.binary_cross_entropy_with_logits(reading.direction_logits, harms, reduction="none").mean(dim=1) * has_direction
