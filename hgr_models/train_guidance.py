@@ -57,7 +57,7 @@ class GuidanceTraining(Training):
         # At low noise a direction is small beside what separates it from its partner's, and the picture is drawn already:
         # without the division these points would rule the loss.
         loss = losses.capped(error / before.clamp(min=1), 20.0) + 0.5 * b + 0.3 * q
-        if attacked is not None:
+        if attacked is not None and len(attacked[0]):
             loss = loss + 0.5 * self._attacked_loss(*attacked)
         if alarming is not None:
             loss = loss + 0.5 * self._alarm_loss(alarming)
