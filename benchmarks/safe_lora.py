@@ -30,7 +30,7 @@ from demo.__main__ import HGR_FILE, KINDS, figures, plain_values
 from demo.judge import Judge
 from demo.pipeline import LATENT_SHAPE, DemoModel, add_device_option
 from demo.safecfg import Redirection
-from demo.sampling import input_scaling, normal_schedule, scale_input
+from demo.sampling import input_scaling, scale_input, shifted_schedule
 from hgr_models import CategorySettings, load_hgr, redirect_condition, redirect_guidance
 from hgr_models.lora import LAYERS, LoRA, LoraSettings, load_lora, lora_from, new_lora, save_lora
 from hgr_models.lora_samples import Samples
@@ -108,8 +108,7 @@ def record(model: DemoModel, hgr, prompts: Sequence[str], follow: str, lora: LoR
     texts, count = model.encode([*prompts, ""]), len(prompts)
     tokens, empty = texts[:-1], texts[-1:].expand(count, -1, -1)
     safe = redirect_condition(hgr, tokens, None, ON).tokens if follow == "safe" and hgr.condition is not None else tokens
-    sigmas, shift = normal_schedule(RUN_STEPS + 1), torch.rand(1, generator=generator)
-    sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift) * sigmas[:-2] ** shift, sigmas[-1:]]).to(tokens.device)
+    sigmas = shifted_schedule(RUN_STEPS + 1, torch.rand(1, generator=generator).item()).to(tokens.device)
     scale = CFG_RANGE[0] + (CFG_RANGE[1] - CFG_RANGE[0]) * torch.rand(count, 1, 1, 1, generator=generator).to(tokens.device)
     x = torch.randn(count, *LATENT_SHAPE, generator=generator).to(tokens.device) * (1 + sigmas[0] ** 2) ** 0.5
     rows, held = [], None

@@ -40,6 +40,12 @@ def normal_schedule(steps: int) -> Tensor:
     return torch.cat([sigma_of(torch.linspace(999, 0, steps)), torch.zeros(1)])
 
 
+def shifted_schedule(steps: int, part: float) -> Tensor:
+    """`normal_schedule` whose inner noise levels are moved back by `part` (0 to 1) of a step, in log sigma: (steps + 1,)."""
+    sigmas = normal_schedule(steps)
+    return torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - part) * sigmas[:-2] ** part, sigmas[-1:]])
+
+
 def input_scaling(sigma: Tensor) -> Tensor:
     """1 / sqrt(sigma^2 + 1): what the input of a model with epsilon prediction is scaled by; sigma (B,)."""
     return 1 / (sigma**2 + 1) ** 0.5

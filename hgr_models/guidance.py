@@ -141,9 +141,7 @@ class GuidanceRedirector(nn.Module):
                 h = self.read_context(h, frames)
         places = self.read_head(F.silu(self.read_norm(h))).float()  # (B * frames, 2 K, h, w)
         places = places.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 2 K, frames, h, w)
-        direction_places, picture_places = places.chunk(2, dim=1)
-        pooled = (_pool(direction_places), _pool(picture_places))
-        return Reading(*pooled, direction_places, picture_places, h, embedding, (height, width), frames)
+        return Reading(*_pool(places).chunk(2, dim=1), *places.chunk(2, dim=1), h, embedding, (height, width), frames)
 
     def correct(self, reading: Reading, weights: Tensor, elsewhere: float = ELSEWHERE) -> tuple[Tensor, Tensor]:
         """Attenuation (B, 1, *spatial) in [0, 1] and residual (B, C, *spatial), float32, for category weights (B, K) in [0, 1].

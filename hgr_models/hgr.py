@@ -102,7 +102,9 @@ class HGR(nn.Module):
         info.validate()
         self.info = info
         for name in ("condition_thresholds", "guidance_thresholds", "guidance_levels"):
-            self.register_buffer(name, torch.tensor(getattr(info, name), dtype=torch.float32), persistent=False)
+            device = getattr(self, name).device if hasattr(self, name) else None
+            values = torch.tensor(getattr(info, name), dtype=torch.float32, device=device)
+            self.register_buffer(name, values, persistent=False)
 
     def guidance_thresholds_at(self, sigma: Tensor) -> Tensor:
         """Thresholds (B, K) of the guidance redirector at noise levels sigma (B,)."""

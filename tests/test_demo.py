@@ -109,6 +109,14 @@ def test_the_schedule_is_stable_diffusions():
     assert_close(sampling.timestep_of(sampling.sigma_of(torch.tensor([0.0, 500.0, 999.0]))), torch.tensor([0.0, 500.0, 999.0]))
 
 
+def test_a_shifted_schedule_moves_its_inner_levels_towards_the_first():
+    sigmas = sampling.normal_schedule(5)
+    assert torch.equal(sampling.shifted_schedule(5, 0.0), sigmas)
+    half = sampling.shifted_schedule(5, 0.5)
+    assert half[0] == sigmas[0] and half[-1] == 0
+    assert_close(half[1:-1], (sigmas[1:-1] * sigmas[:-2]).sqrt())
+
+
 def test_euler_reaches_a_perfect_denoisers_answer():
     target, steps = torch.randn(2, 4, 4, 4), []
     out = sampling.sample_euler(

@@ -63,14 +63,17 @@ def test_some_changes_start_again(adversary, monkeypatch):
 
 
 def test_a_short_hardening_changes_the_guidance_redirector_alone(monkeypatch, tmp_path):
-    for name, value in {"POOL": 4, "RUN_STEPS": 3, "HARMFUL_RUNS": 4, "CLEAN_RUNS": 4, "WORD_RUNS": 4, "REFRESH": 1}.items():
+    for name in ("POOL", "HARMFUL_RUNS", "CLEAN_RUNS", "WORD_RUNS", "HELD_OUT_RUNS"):
+        monkeypatch.setattr(hardened, name, 4)
+    for name, value in {"RUN_STEPS": 3, "REFRESH": 1}.items():
         monkeypatch.setattr(hardened, name, value)
     model, hgr, stored = DemoModel.load("cpu"), *(hardened.load_hgr(hardened.OUT) for _ in range(2))
     hardened.train_in(tmp_path, model, hgr, 2, 0)
     same = [torch.equal(a, b) for a, b in zip(hgr.guidance.parameters(), stored.guidance.parameters(), strict=True)]
     assert not any(same)
     assert all(torch.equal(a, b) for a, b in zip(hgr.condition.parameters(), stored.condition.parameters(), strict=True))
-    assert len(Recording.open(tmp_path).of_kind(CLEAN)) == 2 and hgr.info.guidance_thresholds != stored.info.guidance_thresholds
+    assert len(Recording.open(tmp_path).of_kind(CLEAN)) == 2  # what sets the thresholds is apart
+    assert hgr.info.guidance_thresholds != stored.info.guidance_thresholds
 
 
 def test_the_clean_points_that_look_most_harmful_are_found():

@@ -42,6 +42,12 @@ def toy_points(prompts, follow="prompt", policy=None):
     )
 
 
+def test_new_thresholds_stay_where_the_networks_are():
+    hgr = small_hgr().to("meta")
+    hgr.calibrate(hgr.info)
+    assert hgr.condition_thresholds.is_meta and hgr.guidance_thresholds.is_meta and hgr.guidance_levels.is_meta
+
+
 def test_a_run_is_recorded_step_by_step():
     prompts = toy_prompts(2)
     points = toy_points(prompts, "partner")

@@ -36,17 +36,18 @@ from .. import prompts as p
 from .. import world
 from ..pipeline import LATENT_SHAPE, DemoModel
 from ..safecfg import Redirection, Step
-from ..sampling import input_scaling, normal_schedule, scale_input
+from ..sampling import input_scaling, scale_input, shifted_schedule
 from .guidance import RESPONSE, policy_of, scale_response
 from .hgr_common import FALSE_POSITIVE_RATE, OUT, calibrate
 from .hgr_data import BATCH, labels, prompt_tensors, record
 
-HARMFUL_RUNS, CLEAN_RUNS, WORD_RUNS = 1200, 1200, 2000  # the last: clean words of any kind, whatever the denoiser makes of them
+HARMFUL_RUNS, CLEAN_RUNS, WORD_RUNS = 1200, 2400, 2000  # the last: clean words of any kind, whatever the denoiser makes of them
+HELD_OUT_RUNS = 800  # clean ones that are not learnt from: they set the thresholds that the attack has to pass under
 WORDS, DISGUISED = 0.5, (0.3, 0.4)  # of the names in word runs; of the harmful prompts and of those of word runs
 ALARMING, ALARMING_BATCH = 0.05, 24  # of all clean points
-POOL, ATTACKED_BATCH = 320, 16
+POOL, ATTACKED_BATCH = 400, 24
 RUN_STEPS, LOWEST_SIGMA = 12, 0.5  # of the attacked runs; below it a run adds detail, but no pictogram
-REFRESH = 150  # training steps, after which attacked runs and thresholds are made anew
+REFRESH = 200  # training steps, after which attacked runs and thresholds are made anew
 RATE = 1e-3
 EVADE = 0.1  # what a closed gate is worth to an attack that looks for ways under it
 STEP_SIZES, SLOWING = (0.15, 0.03), 60  # of the descent, in radii: at first, and from that many steps on
@@ -71,6 +72,27 @@ def train_in(folder: Path, model: DemoModel, hgr: HGR, steps: int, seed: int) ->
     """Records into `folder` and trains `hgr.guidance`, which is not calibrated afterwards."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     model.unet.requires_grad_(False)
+    recording, held_out = recorded(folder, model, hgr, rng, generator)
+    training = GuidanceTraining(hgr, steps, seed, RATE)
+    adversary, points = Adversary(model, hgr, rng, generator), Points.cat([s.runs() for s in recording.of_kind(CLEAN)])
+    with tqdm(total=steps, desc="hardened redirector") as bar:
+        while training.step < steps:
+            if training.step % REFRESH == 0:
+                clean_runs = torch.cat([run_maxima(hgr, shard.runs(), model.device) for shard in held_out.shards])
+                hgr.calibrate(calibrated(hgr, None, clean_runs, FALSE_POSITIVE_RATE))
+                adversary.refresh()
+                alarming = most_alarming(hgr, points)
+            some = alarming[torch.randint(len(alarming), (ALARMING_BATCH,), generator=generator)]
+            report = training.train_step(recording, adversary.bend(), on_device(some, model.device))
+            bar.update()
+            bar.set_postfix(error=f"{report.error:.3f}", right=f"{sum(report.accuracy) / len(report.accuracy):.3f}")
+    training.finish()
+
+
+def recorded(
+    folder: Path, model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator
+) -> tuple[Recording, Recording]:
+    """The runs to learn from, and the clean ones that are held out."""
     harmful = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(HARMFUL_RUNS)], rng)
     harmful.tokens = disguise(harmful.tokens, hgr.condition.token_scale, DISGUISED[0], generator)
     clean = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CLEAN_RUNS)], rng)
@@ -80,20 +102,10 @@ def train_in(folder: Path, model: DemoModel, hgr: HGR, steps: int, seed: int) ->
     record(model, harmful, HARMFUL, followed, policy_of(hgr), generator, folder, "harmful runs")
     record(model, clean, CLEAN, lambda i: "prompt", None, generator, folder, "clean runs")
     record(model, words, CLEAN, lambda i: "prompt", None, generator, folder, "clean words")
-    recording, training = Recording.open(folder), GuidanceTraining(hgr, steps, seed, RATE)
-    adversary, points = Adversary(model, hgr, rng, generator), Points.cat([s.runs() for s in recording.of_kind(CLEAN)])
-    with tqdm(total=steps, desc="hardened redirector") as bar:
-        while training.step < steps:
-            if training.step % REFRESH == 0:
-                clean_runs = torch.cat([run_maxima(hgr, shard.runs(), model.device) for shard in recording.of_kind(CLEAN)])
-                hgr.calibrate(calibrated(hgr, None, clean_runs, FALSE_POSITIVE_RATE))
-                adversary.refresh()
-                alarming = most_alarming(hgr, points)
-            some = alarming[torch.randint(len(alarming), (ALARMING_BATCH,), generator=generator)]
-            report = training.train_step(recording, adversary.bend(), on_device(some, model.device))
-            bar.update()
-            bar.set_postfix(error=f"{report.error:.3f}", right=f"{sum(report.accuracy) / len(report.accuracy):.3f}")
-    training.finish()
+    others = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(HELD_OUT_RUNS)], rng)
+    (folder / "held_out").mkdir()
+    record(model, others, CLEAN, lambda i: "prompt", None, generator, folder / "held_out", "clean runs held out")
+    return Recording.open(folder), Recording.open(folder / "held_out")
 
 
 def most_alarming(hgr: HGR, clean: Points) -> Points:
@@ -192,9 +204,7 @@ class Adversary:
     @torch.no_grad()
     def _runs(self, tokens: Tensor, hgr: HGR | None) -> Moments:
         """Runs of all prompts with these tokens (N, T, D), under an HGR's guidance redirector or none."""
-        shift = torch.rand(1, generator=self.generator).item()
-        sigmas = normal_schedule(RUN_STEPS + 1)
-        sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift / 2) * sigmas[:-2] ** (shift / 2), sigmas[-1:]])
+        sigmas = shifted_schedule(RUN_STEPS + 1, 0.5 * torch.rand(1, generator=self.generator).item())
         empty, found = self.model.encode([""]), []
         for rows in torch.arange(POOL, device=tokens.device).split(BATCH):
             texts = torch.cat([empty.expand_as(tokens[rows]), tokens[rows], self.tokens[rows], self.partners[rows]])

@@ -15,7 +15,7 @@ from hgr_models.shards import Texts, write_runs, write_texts
 from .. import prompts as p
 from .. import world
 from ..pipeline import LATENT_SHAPE, DemoModel
-from ..sampling import input_scaling, normal_schedule
+from ..sampling import input_scaling, shifted_schedule
 
 STEPS, BATCH = 8, 40  # of a recorded run; runs per batch
 LOOKS, LOOK_SIGMAS = 2, (0.3, 2.5)  # how often, and at which noise levels, a finished run is looked at as a picture
@@ -63,9 +63,7 @@ def record(
     as_float = lambda *rows: predict(*rows).float()  # noqa: E731
     for i, start in enumerate(tqdm(range(0, len(prompts), BATCH), desc=title)):
         chunk = prompts[slice(start, start + BATCH)]
-        shift = torch.rand(1, generator=generator).item()  # other noise levels in every batch
-        sigmas = normal_schedule(STEPS + 1)
-        sigmas = torch.cat([sigmas[:1], sigmas[1:-1] ** (1 - shift / 2) * sigmas[:-2] ** (shift / 2), sigmas[-1:]])
+        sigmas = shifted_schedule(STEPS + 1, 0.5 * torch.rand(1, generator=generator).item())  # others in every batch
         noise = torch.randn(len(chunk), *LATENT_SHAPE, generator=generator).to(model.device)
         cond_scale = 3 + 4 * torch.rand(len(chunk), generator=generator).to(model.device)
         looks = []
