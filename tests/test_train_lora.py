@@ -11,7 +11,7 @@ from helpers import small_hgr
 from hgr_models import CategorySettings, HGRError
 from hgr_models.lora import LoraSettings, new_lora
 from hgr_models.lora_samples import Samples, read_samples, write_samples
-from hgr_models.train_lora import CAP, EMPTY_SHARE, KEPT_WEIGHT, LoraTraining, safe_denoised
+from hgr_models.train_lora import CAP, EMPTY_SHARE, KEPT_WEIGHT, RESPONSE, LoraTraining, safe_denoised
 
 HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
 ON = CategorySettings((1.0, 1.0))
@@ -142,9 +142,20 @@ def test_it_learns_the_safe_prediction_and_keeps_the_rest(net):
     training.finish()
     with training.network.attached(net):
         change = training.measure(net)
-    assert change.before > 0.5 and change.after < 0.25 * change.before
+    assert change.before > 0.5 and change.after < 0.35 * change.before
     assert change.quiet < 0.15 and change.quiet <= change.quiet_most and change.empty < 0.15
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_finished_lora_has_a_part_of_its_effect(net):
+    training = make_training(net)
+    add(net, training)
+    run(net, training, 20)
+    for _ in range(2):  # however often
+        training.finish()
+        for adapter, learnt in zip(training.network.adapters, training.mean.module.adapters, strict=True):
+            assert torch.equal(adapter.up, RESPONSE * learnt.up) and torch.equal(adapter.down, learnt.down)
+            assert adapter.up.any()
 
 
 def test_what_should_stay_counts_more(net):

@@ -41,13 +41,13 @@ from .guidance import RESPONSE, policy_of, scale_response
 from .hgr_common import FALSE_POSITIVE_RATE, OUT, calibrate
 from .hgr_data import BATCH, labels, prompt_tensors, record
 
-HARMFUL_RUNS, CLEAN_RUNS, WORD_RUNS = 1200, 2400, 2000  # the last: clean words of any kind, whatever the denoiser makes of them
+HARMFUL_RUNS, CLEAN_RUNS, WORD_RUNS = 1200, 1200, 2000  # the last: clean words of any kind, whatever the denoiser makes of them
 HELD_OUT_RUNS = 800  # clean ones that are not learnt from: they set the thresholds that the attack has to pass under
 WORDS, DISGUISED = 0.5, (0.3, 0.4)  # of the names in word runs; of the harmful prompts and of those of word runs
 ALARMING, ALARMING_BATCH = 0.05, 24  # of all clean points
-POOL, ATTACKED_BATCH = 400, 24
+POOL, ATTACKED_BATCH = 320, 16
 RUN_STEPS, LOWEST_SIGMA = 12, 0.5  # of the attacked runs; below it a run adds detail, but no pictogram
-REFRESH = 200  # training steps, after which attacked runs and thresholds are made anew
+REFRESH = 150  # training steps, after which attacked runs and thresholds are made anew
 RATE = 1e-3
 EVADE = 0.1  # what a closed gate is worth to an attack that looks for ways under it
 STEP_SIZES, SLOWING = (0.15, 0.03), 60  # of the descent, in radii: at first, and from that many steps on
