@@ -28,8 +28,8 @@ PredictFor = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Te
 EMPTY_SHARE = 0.2  # of a batch: rows that get the empty prompt, so that the unconditional prediction stays
 CAP = 5.0  # of a sample's error: a few hopeless ones must not rule a step
 KEPT_WEIGHT = 4.0  # of rows that should stay as they are, beside those that the HGR turns
-# What strength 1 of a finished LoRA counts as in training. What it changes by mistake falls with it, and harm hardly comes back:
-# `benchmarks/RESULTS.md`, "Safe LoRA".
+# What strength 1 of a finished LoRA counts as in training. What it changes by mistake falls with it; of harm that training showed
+# hardly more is left, of other harm more: `benchmarks/RESULTS.md`, "Safe LoRA".
 RESPONSE = 0.8
 NUDGES = (0.2, 0.02)  # of what the network adds to x: how far the check of the gradient moves it
 CONVINCING = 0.05  # an error after which no smaller nudge is tried
