@@ -11,6 +11,7 @@ recorded; back-propagation through a sampler of 8 steps costs over 20 times as m
 picture without harm could fool.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from demo.pipeline import DemoModel
+from demo.replay import Replayed
 from demo.safecfg import Guard, Steer, Step, generate, untouched
 
 from .attack_surrogates import Surrogate
 
 DECIDED = 1.0  # below this noise level a run adds detail, but no pictogram: the attack does not care what happens there
-RATE = 0.15  # of the first step, in units of the radius; falls to a tenth along a cosine
+RATE, LAST = 0.15, 0.1  # of the first step, in units of the radius; what is left of it after a cosine
 
 
 @dataclass(frozen=True)
@@ -152,20 +154,24 @@ def search(
     if how.random_start:
         delta += torch.rand(delta.shape, generator=generator).to(delta) - 0.5
     delta.requires_grad_(True)
-    adam = torch.optim.Adam([delta], lr=RATE, betas=(0.8, 0.95))
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps, eta_min=RATE / 10)
-    order, losses = _orders(points, generator), []
+    rate = torch.tensor(RATE, device=delta.device)
+    adam = torch.optim.Adam([delta], lr=rate, betas=(0.8, 0.95), capturable=delta.is_cuda)
+
+    def descend(at: Tensor) -> Tensor:
+        loss = objective(model, defence, points.pick(at), scene.start + delta * unit, scene.cfg, how)
+        (delta.grad,) = torch.autograd.grad(loss.sum(), delta)
+        adam.step()
+        with torch.no_grad():
+            delta.clamp_(-1, 1)
+        return loss.detach().mean()
+
+    order, step, losses = _orders(points, generator), Replayed(descend, delta.device), []
     for number in range(steps):
         if own is not None and number == steps // 2:
             points = points.joined(own((scene.start + delta * unit).detach()))
-            order = _orders(points, generator)
-        loss = objective(model, defence, points.pick(next(order)), scene.start + delta * unit, scene.cfg, how)
-        (delta.grad,) = torch.autograd.grad(loss.sum(), delta)
-        adam.step()
-        decay.step()
-        with torch.no_grad():
-            delta.clamp_(-1, 1)
-        losses.append(loss.detach().mean())
+            order, step = _orders(points, generator), Replayed(descend, delta.device)
+        rate.fill_(RATE * (LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * number / steps))))
+        losses.append(step(next(order)).clone())
         progress()
     return (scene.start + delta * unit).detach(), torch.stack(losses)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from demo.pipeline import DemoModel
 from demo.safecfg import Redirection, Step
 from demo.sampling import scale_input
-from hgr_models import CategorySettings, output_units, redirect_guidance, warm_up_steps
+from hgr_models import output_units, redirect_guidance, warm_up_steps
 from hgr_models.concept import select_concept, sld_term
 from hgr_models.redirection import read_guidance
 from hgr_models.shapes import per_row
@@ -60,10 +60,10 @@ class Plain:
         return step.cond_denoised, step.x.new_zeros(len(step.x))
 
 
-def soft_gate(logits: Tensor, thresholds: Tensor, settings: CategorySettings) -> tuple[Tensor, Tensor]:
-    """Category weights (B, K) of a smooth gate, and `quiet` (B,); logits (B, K), thresholds (K,) or (B, K) in [0, 1]."""
-    limit = torch.logit((thresholds + settings.threshold_offset).clamp(0, 1), eps=1e-6)
-    strengths = torch.tensor(settings.strengths, device=logits.device)
+def soft_gate(logits: Tensor, thresholds: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Category weights (B, K) of a smooth gate, and `quiet` (B,); logits (B, K), thresholds (K,) or (B, K) in [0, 1], the
+    categories' strengths (K,)."""
+    limit = torch.logit(thresholds.clamp(0, 1), eps=1e-6)
     above = logits - limit
     quiet = ((above + MARGIN).clamp(min=0) * (strengths > 0)).sum(dim=1)
     return strengths * (above / GATE_TEMPERATURE).sigmoid(), quiet
@@ -75,6 +75,7 @@ class SafeCFG(Plain):
     def __init__(self, redirection: Redirection):
         super().__init__()
         self.redirection, self.hgr, self.settings = redirection, redirection.hgr, redirection.settings
+        self.strengths = torch.tensor(self.settings.strengths, device=self.hgr.guidance_thresholds.device)
         self.hgr.requires_grad_(False)
 
     @torch.no_grad()
@@ -95,7 +96,8 @@ class SafeCFG(Plain):
         if self.redirection.mode == "guidance":
             return super().rewrite(tokens)
         network = self.hgr.condition
-        weights, quiet = soft_gate(network.harmfulness_logits(tokens), self.hgr.condition_thresholds, self.settings)
+        limits = self.hgr.condition_thresholds + self.settings.threshold_offset
+        weights, quiet = soft_gate(network.harmfulness_logits(tokens), limits, self.strengths)
         return tokens + per_row(self._opened(weights), tokens) * network.delta(tokens, None, weights)[0], quiet
 
     def steer(self, step: Step, facts: Facts, remember: bool) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,8 @@ class SafeCFG(Plain):
         hgr, cond, uncond = self.hgr, step.cond_denoised, step.uncond_denoised
         x_in = scale_input(step.x, step.sigma)
         direction, n, reading = read_guidance(hgr.guidance, cond, uncond, x_in, step.sigma)
-        weights, quiet = soft_gate(reading.direction_logits, hgr.guidance_thresholds_at(step.sigma), self.settings)
+        limits = hgr.guidance_thresholds_at(step.sigma) + self.settings.threshold_offset
+        weights, quiet = soft_gate(reading.direction_logits, limits, self.strengths)
         if remember:
             weights = torch.maximum(weights, facts["flagged"])
         a, r = hgr.guidance.correct(reading, weights)
@@ -113,8 +116,7 @@ class SafeCFG(Plain):
 
     def _opened(self, weights: Tensor) -> Tensor:
         """How far the widest gate is open (B,), in [0, 1]."""
-        strengths = torch.tensor(self.settings.strengths, device=weights.device)
-        return (weights / strengths.clamp(min=1e-6)).amax(dim=1)
+        return (weights / self.strengths.clamp(min=1e-6)).amax(dim=1)
 
 
 class SoftConcepts(Plain):

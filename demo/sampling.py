@@ -4,6 +4,7 @@ ComfyUI's KSampler (euler, normal) with the same weights and noise gives the sam
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ LOG_SIGMAS = training_sigmas().log().float()
 
 def timestep_of(sigma: Tensor) -> Tensor:
     """The nearest timestep (B,) in [0, 999], float32, of noise levels (B,)."""
-    return (sigma.log()[:, None] - LOG_SIGMAS.to(sigma.device)).abs().argmin(dim=1).float()
+    return (sigma.log()[:, None] - _log_sigmas(sigma.device)).abs().argmin(dim=1).float()
+
+
+@cache
+def _log_sigmas(device: torch.device) -> Tensor:
+    return LOG_SIGMAS.to(device)  # kept: a copy to a GPU in every step would wait for it
 
 
 def sigma_of(timestep: Tensor) -> Tensor:

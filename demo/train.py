@@ -34,7 +34,12 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="diffusion and guidance: go on from the stored weights, with a learning rate of its own",
     )
+    parser.add_argument(
+        "--times", type=int, metavar="N", help="hardened: so many times as large a pool, batches and recording (1), for a GPU"
+    )
     args = parser.parse_args(line)
+    if args.times is not None and (args.times < 1 or args.part != "hardened"):
+        parser.error(f"expected --times of at least 1 and with the part hardened, but got {args.times} with {args.part}")
     if args.resume and args.part not in ("diffusion", "guidance"):
         parser.error(f"expected --resume with the part diffusion or guidance, but got it with {args.part}")
     if args.steps is not None and (args.steps < 1 or args.part == "all"):
@@ -46,7 +51,7 @@ def main() -> None:
     args = arguments()
     for part in PARTS[:-1] if args.part == "all" else (args.part,):  # the others calibrate what they made
         module = importlib.import_module(f".training.{part}", __package__)
-        options = {"resume": True} if args.resume else {}
+        options = ({"resume": True} if args.resume else {}) | ({"times": args.times} if args.times else {})
         module.train(args.steps or STEPS[part], args.device, args.seed, **options)
 
 

@@ -81,15 +81,13 @@ def run_maxima(hgr: HGR, points: Points, device: torch.device, batch: int = 64) 
 
     `points.prompt` numbers the runs.
     """
-    levels = torch.tensor(hgr.info.guidance_levels)
-    runs = torch.zeros(int(points.prompt.max()) + 1, len(levels) + 1, len(hgr.info.categories))
+    levels, k = torch.tensor(hgr.info.guidance_levels), len(hgr.info.categories)
+    runs = torch.zeros(int(points.prompt.max()) + 1, len(levels) + 1, k)
     for rows in torch.arange(len(points)).split(batch):
         some = points[rows]
+        cells = some.prompt.cpu() * (len(levels) + 1) + torch.bucketize(log_snr_of(some.sigma).cpu(), levels)
         b = guidance_readings(hgr, some, device)
-        for run, level, row in zip(
-            some.prompt.tolist(), torch.bucketize(log_snr_of(some.sigma), levels).tolist(), b, strict=True
-        ):
-            runs[run, level] = torch.maximum(runs[run, level], row)
+        runs.view(-1, k).scatter_reduce_(0, cells[:, None].expand_as(b), b, "amax")
     return runs
 
 

@@ -3,21 +3,19 @@
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
 from .errors import HGRError
-from .guidance import ELSEWHERE
 from .hgr import HGR
 from .recording import Points, Prompts
-from .redirection import read_guidance
-from .shapes import per_row
 from .shards import CLEAN, HARMFUL, Recording
 from .training import StepReport, Training, accuracies, on_device
 
 HARMFUL_BATCH, PARTNER_BATCH, CLEAN_BATCH = 32, 12, 20  # points per step; the partners are those of the first harmful ones
 POINTS = HARMFUL_BATCH + PARTNER_BATCH + CLEAN_BATCH
+NO_DIRECTION = 0.2  # of the points are given as pictures alone, which teaches only `q`
+CAP = 20.0  # of an error
 
 
 class GuidanceObjective(nn.Module):
@@ -38,47 +36,28 @@ class GuidanceTraining(Training):
         super().__init__(hgr.guidance, steps, rate, 0.998, seed)
         self.objective = GuidanceObjective(hgr.guidance)
 
-    def train_step(
-        self, recording: Recording, attacked: tuple[Points, Tensor] | None = None, alarming: Points | None = None
-    ) -> StepReport:
-        """One step. `attacked`: points whose directions someone bent, and their harms (B, K), which are turned as they are in use;
-        `alarming`: clean points that this network reads as harmful.
-        """
+    def train_step(self, recording: Recording) -> StepReport:
+        """One step."""
         shapes = recording.shapes()
         if not shapes:
             raise HGRError("The recording has no harmful and clean runs of the same latent size. Record both.")
         shape = shapes[int(torch.randint(len(shapes), (), generator=self.generator))]
         draw = lambda kind, count: on_device(recording.draw(kind, count, self.generator, shape), self.device)  # noqa: E731
-        batch, harms, weights = self._batch(*draw(HARMFUL, HARMFUL_BATCH), draw(CLEAN, CLEAN_BATCH)[0])
-        has_direction = (self.random(len(batch)) > 0.2).float()  # a picture alone teaches only `q`
-        with torch.autocast(self.device.type, torch.bfloat16):
-            error, b, q, logits = self.objective(batch, harms, weights, batch.partner_denoised, has_direction)
-        before = losses.unredirected_guidance_error(batch)
-        # At low noise a direction is small beside what separates it from its partner's, and the picture is drawn already:
-        # without the division these points would rule the loss.
-        loss = losses.capped(error / before.clamp(min=1), 20.0) + 0.5 * b + 0.3 * q
-        if attacked is not None and len(attacked[0]):
-            loss = loss + 0.5 * self._attacked_loss(*attacked)
-        if alarming is not None:
-            loss = loss + 0.5 * self._alarm_loss(alarming)
+        rows, about, quiet = *draw(HARMFUL, HARMFUL_BATCH), draw(CLEAN, CLEAN_BATCH)[0]
+        alarm = self.random(PARTNER_BATCH + CLEAN_BATCH, about.harms.shape[1])
+        batch, harms, weights = mixed(rows, about, quiet, alarm)
+        has_direction = (self.random(len(batch)) > NO_DIRECTION).float()
+        loss, error, logits = self.loss(batch, harms, weights, has_direction)
         self.advance(loss)
-        before = before[:HARMFUL_BATCH].mean().item()
+        before = losses.unredirected_guidance_error(batch[:HARMFUL_BATCH]).mean().item()
         real = has_direction > 0
         return StepReport(loss.item(), error[:HARMFUL_BATCH].mean().item(), before, accuracies(logits[real], harms[real]))
 
-    def _attacked_loss(self, points: Points, harms: Tensor) -> Tensor:
-        """What counts of attacked points: that their harm is seen, and what is left of it with the correction as it is in use."""
-        ones = torch.ones(len(points), device=self.device)
+    def loss(self, batch: Points, harms: Tensor, weights: Tensor, has_direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of points, their error after redirection (B,), and the logits (B, K) of `b`; arguments as in `guidance_losses`."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            error, b, *_ = self.objective(points, harms, harms, points.partner_denoised, ones, ELSEWHERE)
-        return losses.capped(error / losses.unredirected_guidance_error(points).clamp(min=1), 20.0) + b
-
-    def _alarm_loss(self, points: Points) -> Tensor:
-        """Cross-entropy of `b` at clean points."""
-        x_in = points.x * per_row(points.c_in, points.x)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            reading = read_guidance(self.network, points.cond_denoised, points.uncond_denoised, x_in, points.sigma)[2]
-        return F.softplus(reading.direction_logits.float()).mean()
+            error, b, q, logits = self.objective(batch, harms, weights, batch.partner_denoised, has_direction)
+        return losses.capped(relative(error, batch), CAP) + 0.5 * b + 0.3 * q, error, logits
 
     @torch.no_grad()
     def error_on(self, held_out: Recording, count: int = 64) -> float:
@@ -88,12 +67,25 @@ class GuidanceTraining(Training):
         error, *_ = losses.guidance_losses(self.network, points, about.harms, about.removed, points.partner_denoised, real)
         return error.mean().item()
 
-    def _batch(self, rows: Points, about: Prompts, quiet: Points) -> tuple[Points, Tensor, Tensor]:
-        """Harmful directions, their partners' (which lack the removed harms) and clean ones, with harms and weights."""
-        partner = replace(rows, cond_denoised=rows.partner_denoised)[:PARTNER_BATCH]
-        batch = Points.cat([rows, partner, quiet])
-        nothing = torch.zeros(len(quiet), about.harms.shape[1], device=rows.x.device)
-        left = (about.harms - about.removed)[:PARTNER_BATCH]
-        harms = torch.cat([about.harms, left, nothing])
-        alarm = self.random(PARTNER_BATCH + len(quiet), harms.shape[1]).round()  # false alarms must change nothing
-        return batch, harms, torch.cat([about.removed, alarm[:PARTNER_BATCH] * (1 - left), alarm[PARTNER_BATCH:]])
+
+def relative(error: Tensor, points: Points) -> Tensor:
+    """Errors (B,) in parts of what they are without a redirector, where that is above 1.
+
+    At low noise a direction is small beside what separates it from its partner's, and the picture is drawn already: without
+    the division these points would rule the loss.
+    """
+    return error / losses.unredirected_guidance_error(points).clamp(min=1)
+
+
+def mixed(rows: Points, about: Prompts, quiet: Points, alarm: Tensor) -> tuple[Points, Tensor, Tensor]:
+    """Harmful directions, the partners' of the first of them (which lack the removed harms) and clean ones, with harms and weights.
+
+    alarm (partners + clean, K) in [0, 1) draws the weights of what is not harmful: false alarms must change nothing.
+    """
+    partners, alarm = len(alarm) - len(quiet), alarm.round()
+    partner = replace(rows, cond_denoised=rows.partner_denoised)[:partners]
+    nothing = torch.zeros(len(quiet), about.harms.shape[1], device=rows.x.device)
+    left = (about.harms - about.removed)[:partners]
+    harms = torch.cat([about.harms, left, nothing])
+    weights = torch.cat([about.removed, alarm[:partners] * (1 - left), alarm[partners:]])
+    return Points.cat([rows, partner, quiet]), harms, weights

@@ -16,7 +16,7 @@ from demo.__main__ import HGR_FILE
 from demo.evaluate import Item, safe_prompt
 from demo.pipeline import LATENT_SHAPE, DemoModel
 from demo.safecfg import Redirection, Step, generate
-from hgr_models import CategorySettings, load_hgr
+from hgr_models import load_hgr
 
 STEPS, CFG = 3, 5.0
 NEGATIVE, SLD, CASG = "negative_prompt/names", "sld/medium/names", "casg/max/names"
@@ -79,12 +79,12 @@ def test_a_sharp_stand_in_is_the_real_defence(model, arms, scene, name, monkeypa
 
 def test_gates_are_smooth_around_their_thresholds():
     logits = torch.tensor([[-3.0, 0.0, 3.0]], requires_grad=True)
-    weights, quiet = soft_gate(logits, torch.full((3,), 0.5), CategorySettings((1.0, 1.0, 0.5)))
+    weights, quiet = soft_gate(logits, torch.full((3,), 0.5), torch.tensor([1.0, 1.0, 0.5]))
     assert weights[0, 1] == 0.5 and 0 < weights[0, 0] < 0.5 and weights[0, 2] < 0.5
     (gradient,) = torch.autograd.grad(weights.sum() + quiet.sum(), logits)
     assert (gradient > 0).all()
     assert quiet.item() == pytest.approx(0.5 + 3.5)
-    off, silent = soft_gate(logits, torch.full((3,), 0.5), CategorySettings((0.0, 0.0, 0.0)))
+    off, silent = soft_gate(logits, torch.full((3,), 0.5), torch.zeros(3))
     assert not off.any() and not silent.any()  # a category that is off needs no evading
 
 
@@ -139,18 +139,30 @@ def test_any_restart_counts_and_what_was_shown_is_not_attacked_again(monkeypatch
     answers = [[True, False, False, False], [False, False, False], [True, False, False], [True, False], [False]]
     asked = []
 
-    def shows_harm(self, arm, scene, tokens):
-        asked.append(len(tokens))
-        return torch.tensor(answers[len(asked) - 1])
+    def seen(self, arm, scene, tokens, rows):
+        asked.append(rows.tolist())
+        return torch.tensor([[True, back, False] for back in answers[len(asked) - 1]])
 
-    monkeypatch.setattr(attack.Attack, "shows_harm", shows_harm)
+    monkeypatch.setattr(attack.Attack, "seen", seen)
     results = attack.run(args)
-    assert asked == [4, 3, 3, 2, 1]
+    assert asked == [[0, 1, 2, 3], [1, 2, 3], [1, 2, 3], [2, 3], [3]]
     figures = results["plain"]
-    assert [figures[key] for key in ("before", "1x", "2x")] == [0.25, 0.5, 0.75]
-    assert figures["2x_interval"][0] < 0.75 < figures["2x_interval"][1]
+    assert [figures[f"{key}_back"] for key in ("before", "1x", "2x")] == [0.25, 0.5, 0.75]
+    assert figures["1x_harm"] == 1 and figures["1x_strange"] == 0
+    assert figures["2x_back_interval"][0] < 0.75 < figures["2x_back_interval"][1]
     assert json.loads((tmp_path / "a.json").read_text()) == results
     assert attack.run(args) == results and len(asked) == 5  # nothing is measured again
+
+
+def test_what_the_judge_takes_for_something_else_is_told_apart():
+    item = Item("a knife and an apple on blue", ("knife", "apple"))
+    found = {
+        ("apple", "rose"): [False, False, False],  # the safe partner's
+        ("apple", "knife"): [True, True, False],
+        ("beer",): [True, False, False],
+        ("apple", "tiger"): [False, False, True],
+    }
+    assert all(attack.figures_of(item, set(names)) == wanted for names, wanted in found.items())
 
 
 def test_one_small_attack_from_end_to_end(capsys, tmp_path, monkeypatch):
@@ -159,7 +171,8 @@ def test_one_small_attack_from_end_to_end(capsys, tmp_path, monkeypatch):
     line = "--images 1 --steps 2 --budgets 1 --restarts 1 --attack-steps 1 --arms plain_from_safe both --json".split()
     results = attack.run(attack.arguments([*line, str(tmp_path / "a.json")]))
     for arm in ("plain_from_safe", "both"):
-        assert set(results[arm]) >= {"before", "before_interval", "1x", "1x_interval", "about"}
+        wanted = {f"{key}_{figure}{of}" for key in ("before", "1x") for figure in attack.FIGURES for of in ("", "_interval")}
+        assert set(results[arm]) >= wanted | {"about"}
     shown = capsys.readouterr()
     assert "| both |" in shown.out and "the attack is" in shown.out
     assert "both: " in shown.out + shown.err and "min at most" in shown.out + shown.err

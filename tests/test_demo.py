@@ -146,7 +146,10 @@ def test_items_know_their_harm():
     assert item.harmful == {"knife"} and item.rest == {"apple"}
 
 
-@pytest.mark.parametrize("line", [["condition", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["cooking"]])
+@pytest.mark.parametrize(
+    "line",
+    [["condition", "--resume"], ["all", "--steps", "5"], ["judge", "--steps", "0"], ["judge", "--times", "2"], ["cooking"]],
+)
 def test_train_refuses_what_it_cannot_do(line, capsys):
     with pytest.raises(SystemExit):
         train.arguments(line)
@@ -157,6 +160,16 @@ def test_train_refuses_what_it_cannot_do(line, capsys):
 def test_train_goes_on_where_it_can(part):
     assert train.arguments([part, "--resume"]).resume
     assert "resume" in inspect.signature(importlib.import_module(f"demo.training.{part}").train).parameters
+
+
+def test_hardening_can_be_made_larger(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        importlib.import_module("demo.training.hardened"), "train", lambda *given, **options: asked.append((given, options))
+    )
+    monkeypatch.setattr("sys.argv", ["train", "hardened", "--steps", "5", "--times", "8", "--device", "cpu"])
+    train.main()
+    assert asked == [((5, "cpu", 0), {"times": 8})]
 
 
 def test_every_part_of_the_training_exists():

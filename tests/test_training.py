@@ -1,17 +1,13 @@
 """Both trainings from shards on disk: they learn, resume to the last bit, and survive gradients that are not finite."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import small_hgr
-from hgr_models import HGRError, losses
+from hgr_models import HGRError
 from hgr_models.calibration import calibrated, harmful_readings
-from hgr_models.guidance import ELSEWHERE
 from hgr_models.recording import Prompts, record_runs
-from hgr_models.redirection import read_guidance
 from hgr_models.shards import CLEAN, HARMFUL, Recording, Texts, read_shard, write_runs, write_texts
 from hgr_models.train_condition import ConditionTraining
 from hgr_models.train_guidance import GuidanceTraining
@@ -217,48 +213,3 @@ def test_learning_rate_warms_up_and_decays():
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.02, abs=1e-3)
     assert learning_rate(0, 5, 1.0) == 1.0
-
-
-def test_attacked_points_teach_what_they_hide_and_how_they_are_turned(tmp_path):
-    """Directions that ordinary runs do not show, learnt beside them."""
-    points, prompts = write_toy(tmp_path)
-    bent = replace(
-        points, cond_denoised=points.uncond_denoised + 3 * torch.roll(points.cond_denoised - points.uncond_denoised, 1, 3)
-    )
-    harms = torch.tensor([[0.0, 1.0]]).repeat(len(bent), 1)  # a category that no run shows
-    ones = torch.ones(len(bent))
-
-    def learnt(attacked):
-        torch.manual_seed(0)
-        hgr = small_hgr(zero=True).requires_grad_(True)
-        training = GuidanceTraining(hgr, 60, seed=3, rate=5e-3)
-        for _ in range(60):
-            training.train_step(Recording.open(tmp_path), attacked)
-        with torch.no_grad():
-            error, b, *_ = losses.guidance_losses(hgr.guidance, bent, harms, harms, bent.partner_denoised, ones, ELSEWHERE)
-        return error.mean().item(), b.item()
-
-    (error, b), (ordinary_error, ordinary_b) = learnt((bent, harms)), learnt(None)
-    assert learnt((bent[:0], harms[:0])) == (ordinary_error, ordinary_b)  # an attack may find nothing harmful
-    assert error < 0.1 * ordinary_error and b < 0.25 * ordinary_b
-
-
-def test_alarming_clean_points_are_learnt(tmp_path):
-    points, _ = write_toy(tmp_path)
-    strange = replace(
-        points, cond_denoised=points.uncond_denoised + torch.roll(points.cond_denoised - points.uncond_denoised, 1, 3)
-    )
-    x_in = strange.x * strange.c_in.view(-1, 1, 1, 1)
-
-    def read(alarming):
-        torch.manual_seed(0)
-        hgr = small_hgr(zero=True).requires_grad_(True)
-        training = GuidanceTraining(hgr, 60, seed=3, rate=5e-3)
-        for _ in range(60):
-            training.train_step(Recording.open(tmp_path), alarming=alarming)
-        with torch.no_grad():
-            return read_guidance(hgr.guidance, strange.cond_denoised, strange.uncond_denoised, x_in, strange.sigma)[
-                2
-            ].direction_logits
-
-    assert read(strange).max() < read(None).max() - 2

@@ -12,12 +12,11 @@ bought its safety with false alarms on pictures of a kind that no training showe
 """
 
 import random
-import tempfile
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,26 +24,39 @@ from benchmarks.attack import RADIUS, spread_of
 from benchmarks.attack_surrogates import SafeCFG
 from hgr_models import HGR, CategorySettings, load_hgr, redirect_guidance, save_hgr
 from hgr_models.calibration import calibrated, guidance_readings, run_maxima
+from hgr_models.guidance import ELSEWHERE
 from hgr_models.losses import mean_square
-from hgr_models.recording import Points
+from hgr_models.recording import Points, Prompts
+from hgr_models.redirection import read_guidance
 from hgr_models.shapes import per_row
-from hgr_models.shards import CLEAN, HARMFUL, Recording
-from hgr_models.train_guidance import GuidanceTraining
-from hgr_models.training import disguise, on_device
+from hgr_models.shards import CLEAN, HARMFUL
+from hgr_models.train_guidance import (
+    CAP,
+    CLEAN_BATCH,
+    HARMFUL_BATCH,
+    NO_DIRECTION,
+    PARTNER_BATCH,
+    GuidanceTraining,
+    mixed,
+    relative,
+)
+from hgr_models.training import disguise, learning_rate
 
 from .. import prompts as p
 from .. import world
 from ..pipeline import LATENT_SHAPE, DemoModel
+from ..replay import Replayed
 from ..safecfg import Redirection, Step
 from ..sampling import input_scaling, scale_input, shifted_schedule
 from .guidance import RESPONSE, policy_of, scale_response
 from .hgr_common import FALSE_POSITIVE_RATE, OUT, calibrate
-from .hgr_data import BATCH, labels, prompt_tensors, record
+from .hgr_data import BATCH, labels, prompt_tensors, runs
 
 HARMFUL_RUNS, CLEAN_RUNS, WORD_RUNS = 1200, 1200, 2000  # the last: clean words of any kind, whatever the denoiser makes of them
 HELD_OUT_RUNS = 800  # clean ones that are not learnt from: they set the thresholds that the attack has to pass under
 WORDS, DISGUISED = 0.5, (0.3, 0.4)  # of the names in word runs; of the harmful prompts and of those of word runs
 ALARMING, ALARMING_BATCH = 0.05, 24  # of all clean points
+BIG_BATCH = 1000  # points that are read at a time, without gradients
 POOL, ATTACKED_BATCH = 320, 16
 RUN_STEPS, LOWEST_SIGMA = 12, 0.5  # of the attacked runs; below it a run adds detail, but no pictogram
 REFRESH = 150  # training steps, after which attacked runs and thresholds are made anew
@@ -56,63 +68,156 @@ MOMENTS = (0.8, 0.95)  # of Adam
 ON = CategorySettings((1.0,) * len(world.CATEGORIES))
 
 
-def train(steps: int, device: str, seed: int) -> None:
-    """Writes the stored HGR again, with this guidance redirector and new thresholds."""
+def train(steps: int, device: str, seed: int, times: int = 1) -> None:
+    """Writes the stored HGR again, with this guidance redirector and new thresholds.
+
+    `times` makes everything so many times as large: the pool, the batches of a step, the runs that are recorded.
+    """
     model, hgr = DemoModel.load(device), load_hgr(OUT).to(device)
     scale_response(hgr, 1 / hgr.info.training.get("guidance_response", 1.0))
-    with tempfile.TemporaryDirectory() as name:
-        train_in(Path(name), model, hgr, steps, seed)
+    train_in(model, hgr, steps, seed, times)
     scale_response(hgr, RESPONSE)
     hgr.info = calibrate(model, hgr, seed)
-    hgr.info.training.update(hardened_steps=steps, hardened_seed=seed, guidance_response=RESPONSE)
+    hgr.info.training.update(hardened_steps=steps, hardened_seed=seed, hardened_times=times, guidance_response=RESPONSE)
     save_hgr(OUT, hgr.cpu())
 
 
-def train_in(folder: Path, model: DemoModel, hgr: HGR, steps: int, seed: int) -> None:
-    """Records into `folder` and trains `hgr.guidance`, which is not calibrated afterwards."""
+def train_in(model: DemoModel, hgr: HGR, steps: int, seed: int, times: int = 1) -> None:
+    """Trains `hgr.guidance`, which is not calibrated afterwards."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     model.unet.requires_grad_(False)
-    recording, held_out = recorded(folder, model, hgr, rng, generator)
-    training = GuidanceTraining(hgr, steps, seed, RATE)
-    adversary, points = Adversary(model, hgr, rng, generator), Points.cat([s.runs() for s in recording.of_kind(CLEAN)])
+    learnt, held_out = recorded(model, hgr, rng, generator, times)
+    training = Hardening(hgr, learnt, held_out, Adversary(model, hgr, rng, generator, times), steps, seed, times)
     with tqdm(total=steps, desc="hardened redirector") as bar:
         while training.step < steps:
             if training.step % REFRESH == 0:
-                clean_runs = torch.cat([run_maxima(hgr, shard.runs(), model.device) for shard in held_out.shards])
-                hgr.calibrate(calibrated(hgr, None, clean_runs, FALSE_POSITIVE_RATE))
-                adversary.refresh()
-                alarming = most_alarming(hgr, points)
-            some = alarming[torch.randint(len(alarming), (ALARMING_BATCH,), generator=generator)]
-            report = training.train_step(recording, adversary.bend(), on_device(some, model.device))
+                training.refresh()
+            loss = training.harden()
             bar.update()
-            bar.set_postfix(error=f"{report.error:.3f}", right=f"{sum(report.accuracy) / len(report.accuracy):.3f}")
+            if training.step % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
     training.finish()
 
 
-def recorded(
-    folder: Path, model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator
-) -> tuple[Recording, Recording]:
+class Hardening(GuidanceTraining):
+    """Both sides of the training. A step is one function of random numbers that are drawn before, so that a GPU can replay it."""
+
+    def __init__(self, hgr: HGR, learnt: "Held", held_out: Points, adversary: "Adversary", steps: int, seed: int, times: int):
+        super().__init__(hgr, steps, seed, RATE)
+        self.hgr, self.learnt, self.held_out, self.adversary, self.times = hgr, learnt, held_out, adversary, times
+        self.mean.count = steps  # the first weights are no random ones: the average starts from them
+        on_gpu, self.rate = self.device.type == "cuda", torch.tensor(RATE, device=self.device)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), self.rate, (0.9, 0.99), weight_decay=1e-2, capturable=on_gpu
+        )
+        clean = learnt.kinds[CLEAN][0]
+        self.alarming = torch.zeros(max(1, int(ALARMING * len(clean))), dtype=torch.long, device=self.device)  # rows of them
+        self.both = Replayed(self._both, self.device)
+
+    def refresh(self) -> None:
+        """Thresholds, attacked runs and alarming points as they are with the redirector now; a graph keeps reading the same memory."""
+        kept = self.hgr.guidance_thresholds
+        runs = run_maxima(self.hgr, self.held_out, self.device, BIG_BATCH)
+        self.hgr.calibrate(calibrated(self.hgr, None, runs, FALSE_POSITIVE_RATE))
+        self.hgr.guidance_thresholds = kept.copy_(self.hgr.guidance_thresholds)
+        self.adversary.refresh()
+        self.alarming.copy_(most_alarming(self.hgr, self.learnt.kinds[CLEAN][0], len(self.alarming)))
+
+    def harden(self) -> Tensor:
+        """One step; its loss, which is overwritten by the next."""
+        self.rate.fill_(learning_rate(self.step, self.steps, RATE))
+        drawn, self.step = self._draw(), self.step + 1
+        return self.both(*drawn)
+
+    def _draw(self) -> list[Tensor]:
+        """The random numbers of a step, on the CPU: rows of harmful, clean and alarming points; what is alarmed falsely and what is
+        a picture alone, in [0, 1); moments of the attack, and what it forgets, in [0, 1)."""
+        counts = [self.times * count for count in (HARMFUL_BATCH, PARTNER_BATCH, CLEAN_BATCH, ALARMING_BATCH, ATTACKED_BATCH)]
+        harmful, partners, clean, alarming, attacked = counts
+        rows = lambda of, count: torch.randint(of, (count,), generator=self.generator)  # noqa: E731
+        part = lambda *shape: torch.rand(*shape, generator=self.generator)  # noqa: E731
+        sizes = (len(self.learnt.kinds[kind][0]) for kind in (HARMFUL, CLEAN))
+        return [
+            *(rows(size, count) for size, count in zip(sizes, (harmful, clean), strict=True)),
+            rows(len(self.alarming), alarming),
+            part(partners + clean, len(world.CATEGORIES)),
+            part(harmful + partners + clean),
+            rows(self.adversary.count, attacked),
+            part(attacked),
+        ]
+
+    def _both(
+        self, harmful: Tensor, clean: Tensor, alarming: Tensor, alarm: Tensor, direction: Tensor, moments: Tensor, forget: Tensor
+    ) -> Tensor:
+        """A step of the attack, and one of the redirector against it."""
+        attacked = self.adversary.bend(moments, forget)
+        rows, about = self.learnt.at(HARMFUL, harmful)
+        batch, harms, weights = mixed(rows, about, self.learnt.at(CLEAN, clean)[0], alarm)
+        loss = self.loss(batch, harms, weights, (direction > NO_DIRECTION).float())[0]
+        loss = loss + 0.5 * self._attacked_loss(*attacked)
+        loss = loss + 0.5 * self._alarm_loss(self.learnt.at(CLEAN, self.alarming[alarming])[0])
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.mean.update(self.network)
+        return loss.detach()
+
+    def _attacked_loss(self, points: Points, harms: Tensor, counts: Tensor) -> Tensor:
+        """What `counts` (B,) of attacked points: that their harm (B, K) is seen, and what is left of it with the correction in use."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            error, b, *_ = self.objective(points, harms, harms, points.partner_denoised, counts, ELSEWHERE)
+        left = (relative(error, points).clamp(max=CAP) * counts).sum() / counts.sum().clamp(min=1)
+        return left + b
+
+    def _alarm_loss(self, points: Points) -> Tensor:
+        """Cross-entropy of `b` at clean points."""
+        x_in = points.x * per_row(points.c_in, points.x)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            reading = read_guidance(self.network, points.cond_denoised, points.uncond_denoised, x_in, points.sigma)[2]
+        return F.softplus(reading.direction_logits.float()).mean()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Runs by kind that stay on the device: points, and the prompts that `Points.prompt` numbers."""
+
+    kinds: dict[str, tuple[Points, Prompts]]
+
+    def at(self, kind: str, rows: Tensor) -> tuple[Points, Prompts]:
+        """Points of a kind, with their prompts row for row."""
+        points, prompts = self.kinds[kind]
+        return points[rows], prompts[points.prompt[rows]]
+
+
+def recorded(model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator, times: int) -> tuple[Held, Points]:
     """The runs to learn from, and the clean ones that are held out."""
-    harmful = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(HARMFUL_RUNS)], rng)
+
+    def sample(title: str, prompts: Prompts, follow=lambda i: "prompt", policy=None) -> tuple[Points, Prompts]:
+        parts, batch = [], 2 * BATCH * times
+        for i, (points, _) in enumerate(runs(model, prompts, follow, policy, generator, title, batch)):
+            points.prompt = points.prompt.to(points.x.device) + i * batch
+            parts.append(points)
+        return Points.cat(parts), prompts
+
+    harmful = prompt_tensors(model, [p.harmful_pair(rng, words=0.0) for _ in range(HARMFUL_RUNS * times)], rng)
     harmful.tokens = disguise(harmful.tokens, hgr.condition.token_scale, DISGUISED[0], generator)
-    clean = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CLEAN_RUNS)], rng)
-    words = prompt_tensors(model, [p.clean_pair(rng, p.harmless_words()[0], WORDS) for _ in range(WORD_RUNS)], rng)
+    clean = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CLEAN_RUNS * times)], rng)
+    words = prompt_tensors(model, [p.clean_pair(rng, p.harmless_words()[0], WORDS) for _ in range(WORD_RUNS * times)], rng)
     words.tokens = disguise(words.tokens, 2 * hgr.condition.token_scale, DISGUISED[1], generator)
     followed = lambda i: ("prompt", "partner", "policy")[i % 3]  # noqa: E731
-    record(model, harmful, HARMFUL, followed, policy_of(hgr), generator, folder, "harmful runs")
-    record(model, clean, CLEAN, lambda i: "prompt", None, generator, folder, "clean runs")
-    record(model, words, CLEAN, lambda i: "prompt", None, generator, folder, "clean words")
-    others = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(HELD_OUT_RUNS)], rng)
-    (folder / "held_out").mkdir()
-    record(model, others, CLEAN, lambda i: "prompt", None, generator, folder / "held_out", "clean runs held out")
-    return Recording.open(folder), Recording.open(folder / "held_out")
+    kinds = {HARMFUL: sample("harmful runs", harmful, followed, policy_of(hgr))}
+    both = sample("clean runs", clean)[0], sample("clean words", words)[0]
+    both[1].prompt += len(clean)
+    kinds[CLEAN] = Points.cat(list(both)), Prompts.cat([clean, words])
+    others = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(HELD_OUT_RUNS * times)], rng)
+    return Held(kinds), sample("clean runs held out", others)[0]
 
 
-def most_alarming(hgr: HGR, clean: Points) -> Points:
-    """The clean points that an HGR reads as most harmful, ALARMING of all."""
-    device = next(hgr.guidance.parameters()).device
-    b = torch.cat([guidance_readings(hgr, clean[rows], device) for rows in torch.arange(len(clean)).split(1000)])
-    return clean[b.amax(dim=1).topk(max(1, int(ALARMING * len(clean)))).indices]
+def most_alarming(hgr: HGR, clean: Points, count: int) -> Tensor:
+    """The rows of the clean points that an HGR reads as most harmful."""
+    b = torch.cat([guidance_readings(hgr, clean[rows], clean.x.device) for rows in torch.arange(len(clean)).split(BIG_BATCH)])
+    return b.amax(dim=1).topk(count).indices
 
 
 @dataclass
@@ -137,57 +242,62 @@ class Moments:
 class Adversary:
     """A pool of harmful prompts with the changes of their tokens that an attack has found so far."""
 
-    def __init__(self, model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator):
-        pairs = [_without_any_harm(rng) for _ in range(POOL)]
+    def __init__(self, model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator, times: int = 1):
+        pairs, self.times = [_without_any_harm(rng) for _ in range(POOL * times)], times
         self.model, self.hgr, self.generator = model, hgr, generator
         self.predict = torch.autocast(model.device.type, torch.bfloat16)(model.denoised)
         self.tokens, self.partners = (model.encode([getattr(pair, name) for pair in pairs]) for name in ("prompt", "partner"))
         self.harms = torch.stack([labels(pair.harms) for pair in pairs]).to(model.device)
-        self.noise = torch.randn(POOL, *LATENT_SHAPE, generator=generator).to(model.device)
-        self.evading = torch.arange(POOL, device=model.device) % 2 == 0
+        self.noise = torch.randn(len(pairs), *LATENT_SHAPE, generator=generator).to(model.device)
+        self.evading = torch.arange(len(pairs), device=model.device) % 2 == 0
         self.radius = RADIUS * spread_of(model)
         self.delta, self.first, self.second = (torch.zeros_like(self.tokens) for _ in range(3))
-        self.age = torch.zeros(POOL, device=model.device)
-        self.plain = self._runs(self.tokens, None)
-        self.moments = self.plain
+        self.age = torch.zeros(len(pairs), device=model.device)
+        self.defence = SafeCFG(Redirection(hgr, ON, "guidance"))
+        hgr.guidance.requires_grad_(True)  # the attack asks for gradients of its changes alone; the redirector learns
+        plain = self._runs(self.tokens, None)
+        self.plain = self.count = len(plain.x)  # of the moments: so many are plain CFG's, and so many there are
+        room = torch.zeros(RUN_STEPS * len(pairs), dtype=torch.long, device=model.device)
+        self.moments = Moments.cat([plain, plain[room]])
 
     def refresh(self) -> None:
         """Draws the attacked pictures with the redirector as it is now: where these runs lead is where the attack goes on."""
-        self.moments = Moments.cat([self.plain, self._runs(self.tokens + self.delta * self.radius, self.hgr)])
+        own = self._runs(self.tokens + self.delta * self.radius, self.hgr)
+        self.count = self.plain + len(own.x)
+        for f in fields(Moments):
+            getattr(self.moments, f.name)[self.plain : self.count] = getattr(own, f.name)
 
-    def bend(self) -> tuple[Points, Tensor]:
-        """Takes a step of the attack in some rows; the points with their directions, and their harms (B, K).
+    def bend(self, index: Tensor, forget: Tensor) -> tuple[Points, Tensor, Tensor]:
+        """Takes a step of the attack at these moments (B,); the points with their directions, their harms (B, K), and which count (B,).
 
-        What no longer looks more like the harmful direction than like its partner's is left out: it need not be harmful.
+        What no longer looks more like the harmful direction than like its partner's does not count: it need not be harmful.
+        A change is forgotten where `forget` (B,), in [0, 1), is below FORGET.
         """
-        index = torch.randint(len(self.moments.x), (ATTACKED_BATCH,), generator=self.generator)
-        here = self.moments[index.to(self.model.device)]
+        here = self.moments[index]
         rows = here.row
         delta = self.delta[rows].requires_grad_(True)
         cond = self.predict(here.x, here.sigma, self.tokens[rows] + delta * self.radius).float()
         (gradient,) = torch.autograd.grad(self._loss(here, cond).sum(), delta)
-        self._descend(rows, gradient)
+        self._descend(rows, gradient, forget < FORGET)
         cond = cond.detach()
         points = Points(
             here.x, here.sigma, input_scaling(here.sigma), here.uncond_denoised, cond, here.partner_denoised, self.harms[rows], rows
         )  # fmt: skip
         harmful = mean_square(cond - here.harmful_denoised) < mean_square(cond - here.partner_denoised)
-        return points[harmful], self.harms[rows][harmful]
+        return points, self.harms[rows], harmful.float()
 
     def _loss(self, here: Moments, cond: Tensor) -> Tensor:
         """The attack's loss per row (B,), as in `benchmarks.attack_search`."""
         evading, uncond = self.evading[here.row], here.uncond_denoised
         flagged = torch.where(evading[:, None], 0.0, self.harms[here.row])
-        defence = SafeCFG(Redirection(self.hgr, ON, "guidance"))  # freezes the HGR: nothing but the change needs a gradient here
-        safe, quiet = defence.steer(Step(here.x, here.sigma, cond, uncond, 0), {"flagged": flagged}, remember=True)
-        self.hgr.guidance.requires_grad_(True)
+        safe, quiet = self.defence.steer(Step(here.x, here.sigma, cond, uncond, 0), {"flagged": flagged}, remember=True)
         wanted = here.harmful_denoised - uncond
         size = mean_square(wanted) + 1e-4 * here.sigma**2 / (1 + here.sigma**2)
         return mean_square(safe - uncond - wanted) / size + EVADE * evading * quiet
 
     @torch.no_grad()
-    def _descend(self, rows: Tensor, gradient: Tensor) -> None:
-        """A step of Adam inside the ball; a row that was drawn twice counts once."""
+    def _descend(self, rows: Tensor, gradient: Tensor, forget: Tensor) -> None:
+        """A step of Adam inside the ball, then none of it where it is to be forgotten (B,); a row that was drawn twice counts once."""
         b1, b2 = MOMENTS
         self.age[rows] += 1
         age = per_row(self.age[rows], gradient)
@@ -197,16 +307,15 @@ class Adversary:
         first, last = STEP_SIZES
         size = torch.clamp(first * (1 - age / SLOWING), min=last)
         self.delta[rows] = (self.delta[rows] - size * step).clamp(-1, 1)
-        again = rows[(torch.rand(len(rows), generator=self.generator) < FORGET).to(rows.device)]
         for memory in (self.delta, self.first, self.second, self.age):
-            memory[again] = 0
+            memory[rows] = torch.where(per_row(forget, memory), 0, memory[rows])
 
     @torch.no_grad()
     def _runs(self, tokens: Tensor, hgr: HGR | None) -> Moments:
         """Runs of all prompts with these tokens (N, T, D), under an HGR's guidance redirector or none."""
         sigmas = shifted_schedule(RUN_STEPS + 1, 0.5 * torch.rand(1, generator=self.generator).item())
         empty, found = self.model.encode([""]), []
-        for rows in torch.arange(POOL, device=tokens.device).split(BATCH):
+        for rows in torch.arange(len(tokens), device=tokens.device).split(4 * BATCH * self.times):
             texts = torch.cat([empty.expand_as(tokens[rows]), tokens[rows], self.tokens[rows], self.partners[rows]])
             cond_scale = (3 + 4 * torch.rand(len(rows), generator=self.generator)).to(tokens.device)
             x, held = self.noise[rows] * (1 + sigmas[0] ** 2) ** 0.5, None
