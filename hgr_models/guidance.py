@@ -14,6 +14,7 @@ This project's reading of arXiv 2412.16039; see `redirection.py` for the gate. C
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))  # one kernel instead of two
         return x + h
 
 
@@ -117,9 +118,10 @@ class GuidanceRedirector(nn.Module):
 
     def _embedding(self, log_snr: Tensor, log_norm: Tensor) -> Tensor:
         """Sinusoids of both scalars (B,) at 16 frequencies, through a small network: (B, embedding)."""
-        frequencies = 2.0 ** torch.linspace(-4, 2, 16, device=log_snr.device)
-        angles = torch.cat([log_snr[:, None] * frequencies, log_norm[:, None] * frequencies], dim=1) * (math.pi / 2)
-        return F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)))
+        frequencies, phases = _waves(log_snr.device)
+        scalars = torch.stack([log_snr, log_norm], dim=1)[:, None, :, None]
+        waves = torch.addcmul(phases, scalars, frequencies).sin()  # (B, 2, 2, 16): sines, then cosines, of both scalars
+        return F.silu(self.embed(waves.flatten(1)))
 
     def read(self, direction: Tensor, x_in: Tensor, uncond_denoised: Tensor, log_snr: Tensor, log_norm: Tensor) -> Reading:
         """Reads a direction of unit rms.
@@ -131,9 +133,10 @@ class GuidanceRedirector(nn.Module):
         if inputs.ndim == 5:
             inputs = inputs.transpose(1, 2).flatten(0, 1)  # (B * frames, 3 C, H, W): frames meet in the context
         height, width = inputs.shape[-2:]
-        inputs = F.pad(inputs, (0, width % 2, 0, height % 2), mode="replicate")
+        if width % 2 or height % 2:
+            inputs = F.pad(inputs, (0, width % 2, 0, height % 2), mode="replicate")
         embedding = self._embedding(log_snr, log_norm)
-        rows = embedding.repeat_interleave(frames, dim=0)
+        rows = _per_frame(embedding, frames)
         h = self.stem(F.pixel_unshuffle(inputs, 2))
         for i, block in enumerate(self.readers):
             h = block(h, rows)
@@ -149,7 +152,7 @@ class GuidanceRedirector(nn.Module):
         `elsewhere` in [0, 1] is what is left of both far from the harm; training teaches the whole change, with 1.
         """
         frames = reading.frames
-        rows = (reading.embedding + self.weights_in(weights.to(reading.embedding.dtype))).repeat_interleave(frames, dim=0)
+        rows = _per_frame(reading.embedding + self.weights_in(weights.to(reading.embedding.dtype)), frames)
         h = reading.features
         for i, block in enumerate(self.correctors):
             h = block(h, rows)
@@ -160,13 +163,28 @@ class GuidanceRedirector(nn.Module):
         r = F.pixel_shuffle(self.residual(h), 2)[..., :height, :width].float()
         pooled = h.unflatten(0, (-1, frames)).mean(dim=(1, 3, 4))  # (B, C)
         level = self.attenuation(pooled).float()
-        a = level + (level.clamp(0, 1) - level).detach()  # clamped, but a closed end still learns
+        a = level.clamp(0, 1)
+        if level.requires_grad:
+            a = level + (a - level).detach()  # a closed end still learns
         near = _near(reading, weights, elsewhere)
         if self.config.dimensions == 3:
             r = r.unflatten(0, (-1, frames)).transpose(1, 2)
         else:
             near = near[:, :, 0]
         return near * per_row(a, near), near * r
+
+
+@lru_cache(maxsize=16)
+def _waves(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Angular frequencies (16,), and phases (2, 1, 1) that make a sine and a cosine; made once per device, not in every step."""
+    with torch.inference_mode(False):  # training may need them too
+        frequencies = 2.0 ** torch.linspace(-4, 2, 16, device=device) * (math.pi / 2)
+        return frequencies, torch.tensor([0.0, math.pi / 2], device=device)[:, None, None]
+
+
+def _per_frame(rows: Tensor, frames: int) -> Tensor:
+    """(B, ...) as (B * frames, ...)."""
+    return rows if frames == 1 else rows.repeat_interleave(frames, dim=0)
 
 
 def _near(reading: Reading, weights: Tensor, elsewhere: float) -> Tensor:
@@ -201,4 +219,4 @@ def averaged_by_axis(video: Tensor, size: Sequence[int]) -> Tensor:
 def _pool(places: Tensor) -> Tensor:
     """The mean of the four strongest places: small harm in a large picture must not drown. (B, K, frames, h, w) -> (B, K)."""
     flat = places.flatten(2)
-    return flat.topk(min(4, flat.shape[2]), dim=2).values.mean(dim=2)
+    return flat.topk(min(4, flat.shape[2]), dim=2, sorted=False).values.mean(dim=2)

@@ -160,7 +160,7 @@ def redirect_guidance(
     if weights.device.type == "cpu" and not weights.any():  # elsewhere, looking would wait for the device
         return GuidanceResult(cond_denoised, b, weights)
     a, r = hgr.guidance.correct(reading, weights)
-    change = per_row(n, r) * (r - a * direction)
+    change = per_row(n, r) * torch.addcmul(r, a, direction, value=-1)
     active = per_row((weights > 0).any(dim=1), r)
     safe = torch.where(active, cond_denoised + change.to(cond_denoised.dtype), cond_denoised)
     return GuidanceResult(safe, b, weights)
