@@ -52,6 +52,26 @@ def test_cost_is_linear_in_pixels():
     assert flops(128) / flops(64) == pytest.approx(4.0, rel=0.02)
 
 
+def test_the_embedding_starts_from_sinusoids_of_both_scalars():
+    network = small_hgr().guidance
+    network.embed = torch.nn.Identity()
+    log_snr, log_norm = torch.tensor([-5.0, 3.0]), torch.tensor([-1.5, 0.25])
+    frequencies = 2.0 ** torch.linspace(-4, 2, 16)
+    angles = torch.cat([log_snr[:, None] * frequencies, log_norm[:, None] * frequencies], dim=1) * (torch.pi / 2)
+    wanted = torch.nn.functional.silu(torch.cat([angles.sin(), angles.cos()], dim=1))
+    assert_close(network._embedding(log_snr, log_norm), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_closed_attenuation_still_learns():
+    network = small_hgr().guidance
+    reading = network.read(*torch.randn(3, 2, 4, 8, 8), torch.zeros(2), torch.zeros(2))
+    network.attenuation.bias = torch.nn.Parameter(torch.tensor([50.0]))
+    a = network.correct(reading, torch.ones(2, 2), elsewhere=1.0)[0]
+    assert_close(a, torch.ones_like(a))
+    a.sum().backward()
+    assert network.attenuation.bias.grad.item() == pytest.approx(a.numel())
+
+
 def test_the_correction_depends_on_the_category_weights():
     network = small_hgr().guidance
     inputs = torch.randn(3, 1, 4, 8, 8)
