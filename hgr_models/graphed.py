@@ -97,8 +97,7 @@ class Graph:
 
     def replay(self, inputs: Sequence[Tensor]) -> GuidanceResult:
         """What the call gives for these inputs."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        torch._foreach_copy_(self.inputs, list(inputs))  # launched together
         self.graph.replay()
         result = self.result
         return GuidanceResult(result.cond_denoised.clone(), result.harmfulness.clone(), result.weights.clone())

@@ -9,7 +9,7 @@ import torch
 from demo.pipeline import DemoModel
 from demo.training import hardened
 from helpers import small_hgr
-from hgr_models import losses
+from hgr_models import HGRError, losses
 from hgr_models.calibration import guidance_readings
 from hgr_models.losses import mean_square
 from hgr_models.recording import Points
@@ -112,6 +112,12 @@ def test_twice_the_size_is_twice_of_everything(monkeypatch):
     assert len(adversary.delta) == 8
     training = hardened.Hardening(hgr, learnt, held_out, adversary, 2, 0, 2)
     assert [len(each) for each in training._draw()] == [64, 40, 48, 64, 128, 32, 32]
+
+
+def test_a_loss_that_is_no_number_stops_the_training():
+    assert hardened.finite(torch.tensor(0.5), 10) == 0.5
+    with pytest.raises(HGRError, match="step 10 is nan"):
+        hardened.finite(torch.tensor(float("nan")), 10)
 
 
 def toy(monkeypatch):

@@ -11,6 +11,7 @@ the redirector reads as most harmful are learnt most often (hard negatives, as i
 bought its safety with false alarms on pictures of a kind that no training showed.
 """
 
+import math
 import random
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.attack import RADIUS, spread_of
 from benchmarks.attack_surrogates import SafeCFG
-from hgr_models import HGR, CategorySettings, load_hgr, redirect_guidance, save_hgr
+from hgr_models import HGR, CategorySettings, HGRError, load_hgr, redirect_guidance, save_hgr
 from hgr_models.calibration import calibrated, guidance_readings, run_maxima
 from hgr_models.guidance import ELSEWHERE
 from hgr_models.losses import mean_square
@@ -94,9 +95,16 @@ def train_in(model: DemoModel, hgr: HGR, steps: int, seed: int, times: int = 1) 
                 training.refresh()
             loss = training.harden()
             bar.update()
-            if training.step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if training.step % 10 == 0 or training.step == steps:
+                bar.set_postfix(loss=f"{finite(loss, training.step):.3f}")
     training.finish()
+
+
+def finite(loss: Tensor, step: int) -> float:
+    """The value of a loss. Raises HGRError where it is none: a step does not look, since that would wait for the GPU."""
+    if not math.isfinite(value := loss.item()):
+        raise HGRError(f"The loss of step {step} is {value}, and so are the weights now. Start again with another --seed.")
+    return value
 
 
 class Hardening(GuidanceTraining):
