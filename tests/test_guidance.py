@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, redirect_guidance
-from hgr_models.guidance import _pool, averaged_by_axis
+from hgr_models.guidance import _pool, averaged_by_axis, chunked_group_norm
 from hgr_models.losses import guidance_losses
 from hgr_models.recording import Points
 
@@ -105,3 +105,10 @@ def test_training_teaches_the_whole_change(monkeypatch):
     points = Points(like, torch.ones(1), torch.ones(1), 0 * like, like, like, torch.zeros(1, 2), torch.arange(1))
     guidance_losses(hgr.guidance, points, torch.zeros(1, 2), torch.ones(1, 2), like, torch.ones(1))
     assert seen == [{"elsewhere": 1.0}]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 8, 8), (3, 16, 16, 24)])
+def test_group_norm_by_chunks_is_torch_s(shape):
+    x, weight, bias = torch.randn(shape) * 3 + 5, torch.randn(16), torch.randn(16)
+    wanted = torch.nn.functional.group_norm(x, 8, weight, bias, 1e-5)
+    assert_close(chunked_group_norm(x, 8, weight, bias, 1e-5), wanted, rtol=1e-5, atol=1e-5)
