@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from .host_layers import brings_weights
 from .redirection import CategorySettings, GuidanceResult, redirect_guidance, strengths_on
 
 MOST = 4  # kinds of calls (shapes, settings) that keep a graph, each with the activations of one call
@@ -137,16 +138,12 @@ def fit_for_graphs(inputs: Sequence[Tensor]) -> bool:
 
 
 def resident_addresses(hgr: nn.Module, device: torch.device) -> tuple[int, ...] | None:
-    """Where everything lies that a call reads; None unless all of it is on the device and stays as it is from call to call.
-
-    It does not in ComfyUI's layers that bring their weights with every call: parameters left on another device, `_v` (dynamic
-    VRAM), or functions that patch them (low VRAM).
-    """
+    """Where everything lies that a call reads; None unless all of it is on the device and stays there from call to call."""
     addresses = []
     for layer in (hgr, *hgr.guidance.modules()):
-        own = vars(layer)
-        if "_v" in own or own.get("weight_function") or own.get("bias_function"):
+        if brings_weights(layer):
             return None
+        own = vars(layer)  # `parameters()` would take three times as long, in every step
         for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
             if tensor is None:
                 continue

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import start_at_zero
+from .host_layers import brings_weights
 from .shapes import per_row
 
 GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
@@ -194,9 +195,7 @@ def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     size, weight = x[0].numel(), norm.weight
     if not x.is_cuda or torch.is_grad_enabled() or size < LARGE or size % (CHUNKS * norm.num_groups):
         return norm(x)
-    # A host's layers may bring their weights with the call, from elsewhere or patched: then only the call has them.
-    patched = getattr(norm, "weight_function", None) or getattr(norm, "bias_function", None)
-    if patched or (weight.device, weight.dtype) != (x.device, x.dtype):
+    if brings_weights(norm) or (weight.device, weight.dtype) != (x.device, x.dtype):
         return norm(x)
     return chunked_group_norm(x, norm.num_groups, weight, norm.bias, norm.eps)
 
