@@ -4,13 +4,11 @@
     python -m benchmarks.overhead --families sd15 --repeats 1     (without ComfyUI: SD1.5 in the demo's own class)
 
 A CFG step is two rows of the denoiser, in ComfyUI's own class, with random weights: fp32 on a CPU, fp16 on a GPU. The guidance
-redirector runs at every step on one picture, in fp32 as ComfyUI holds it, and as the nodes call it: `guidance` when something is
-flagged, the dearest case, `clean` when nothing is (a CPU then skips the correction). On a GPU the nodes replay the redirector as
-a CUDA graph from its second step on, whatever the step is; `launched` is the redirector without that. The condition redirector
-runs once per sampling run on one prompt: its shares are those of one evaluation, half a step. Left out of the step, and so
-against us: the sampler's own arithmetic. FLOPs are counted on tensors without contents. Times are pairs: a step, and right after
-it the redirector. On a GPU: blocks of eager steps with and without the redirector, and in `graph` of both as CUDA graphs.
-`growth`: the guidance redirector, launched, at 32 to 256 latents a side.
+redirector runs at every step on one picture, in fp32 as ComfyUI holds it: `guidance` when something is flagged, the dearest
+case, `clean` when nothing is (a CPU then skips the correction). The condition redirector runs once per sampling run on one
+prompt: its shares are those of one evaluation, half a step. Left out of the step, and so against us: the sampler's own arithmetic.
+FLOPs are counted on tensors without contents. Times are pairs: a step, and right after it the redirector. On a GPU: eager and as
+a CUDA graph, blocks of steps with and without the redirector. `growth`: the guidance redirector at 32 to 256 latents a side.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hgr_models import HGR, CategorySettings, GraphedGuidance, redirect_condition, redirect_guidance
+from hgr_models import HGR, CategorySettings, redirect_condition, redirect_guidance
 
 from . import overhead_counting as counting
 from .overhead_families import CATEGORIES, FAMILIES, Family, Host, HostError, fill, find_host, make_denoiser, make_hgr
@@ -53,16 +51,12 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def guidance_run(
-    hgr: HGR, channels: int, size: int, settings: CategorySettings, graphed: GraphedGuidance | None = None
-) -> Callable[[], object]:
-    """One call of the guidance redirector on random latents (1, channels, size, size); as the nodes call it with `graphed`."""
+def guidance_run(hgr: HGR, channels: int, size: int, settings: CategorySettings) -> Callable[[], object]:
+    """One call of the guidance redirector on random latents (1, channels, size, size)."""
     device = hgr.guidance_thresholds.device
     x, cond, uncond = torch.randn(3, 1, channels, size, size, device=device)
     sigma = torch.tensor([3.0], device=device)
-    if graphed is None:
-        return lambda: redirect_guidance(hgr, cond, uncond, x, sigma, settings)
-    return lambda: graphed(redirect_guidance, hgr, (cond, uncond, x, sigma), settings)
+    return lambda: redirect_guidance(hgr, cond, uncond, x, sigma, settings)
 
 
 def hgr_runs(family: Family, hgr: HGR) -> dict[str, Callable[[], object]]:
@@ -70,11 +64,9 @@ def hgr_runs(family: Family, hgr: HGR) -> dict[str, Callable[[], object]]:
     device = hgr.guidance_thresholds.device
     tokens = torch.randn(1, family.tokens, family.token_width, device=device)
     pooled = torch.randn(1, family.pooled_width, device=device) if family.pooled_width else None
-    runs = {"guidance": guidance_run(hgr, family.channels, family.size, ALARM, GraphedGuidance())}
+    runs = {"guidance": guidance_run(hgr, family.channels, family.size, ALARM)}
     if device.type == "cpu":
         runs["clean"] = guidance_run(hgr, family.channels, family.size, QUIET)
-    else:
-        runs["launched"] = guidance_run(hgr, family.channels, family.size, ALARM)
     return {**runs, "condition": lambda: redirect_condition(hgr, tokens, pooled, ALARM)}
 
 
@@ -119,9 +111,8 @@ def add_times(found: dict, step: Callable[[], object], runs: dict, args: argpars
         return
     for part, run in {"step": step, **runs}.items():
         found[part] |= {"kernels": counting.kernels(run), "peak_bytes": counting.gpu_peak_bytes(run)}
-    found["guidance"]["peak_bytes"] += found["launched"]["peak_bytes"]  # the graph holds as much from step to step
     try:
-        graphs = [counting.graphed(run) for run in (step, runs["launched"])]
+        graphs = [counting.graphed(run) for run in (step, runs["guidance"])]
     except RuntimeError as error:  # a host's class that waits for the GPU
         found["graph"] = {"error": str(error)}
         return
@@ -152,7 +143,7 @@ def exponent(points: list[tuple[float, float]]) -> float:
 def report_family(name: str, found: dict) -> str:
     """A family's figures as a table."""
     lines = [f"{FAMILIES[name].title}, {FAMILIES[name].size}x{FAMILIES[name].size} latents"]
-    for part in ("step", "guidance", "launched", "clean", "condition"):
+    for part in ("step", "guidance", "clean", "condition"):
         if of := found.get(part):
             line = (
                 f"  {part:10s} {of['parameters'] / 1e6:9.2f} M {of['flops'] / 1e9:12.2f} GFLOP {of['operations']:6d} operations"
@@ -161,7 +152,7 @@ def report_family(name: str, found: dict) -> str:
             line += f" {of['peak_bytes'] / 1e6:8.1f} MB" + (f" {1e3 * of['seconds']:10.2f} ms" if "seconds" in of else "")
             lines.append(line + _shares(of))
     if graph := found.get("graph"):
-        lines.append(f"  guidance, both as CUDA graphs: {graph.get('error') or _shares(graph)}")
+        lines.append(f"  CUDA graph: {graph.get('error') or _shares(graph)}")
     return "\n".join(lines)
 
 

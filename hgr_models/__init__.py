@@ -14,7 +14,6 @@ from .concept import (
 )
 from .concept_redirection import FlaggedConceptGuard, select_flagged
 from .errors import HGRError
-from .graphed import GraphedGuidance
 from .hgr import HGR, HGRInfo
 from .redirection import (
     CategorySettings,
@@ -28,7 +27,7 @@ from .redirection import (
 
 __all__ = [
     "DEFAULT_CONCEPTS", "SLD_PRESETS", "ConceptGuard", "SLDSettings", "output_units", "parse_concepts", "select_concept", "sld_term",
-    "warm_up_steps", "FlaggedConceptGuard", "select_flagged", "HGR", "CategorySettings", "ConditionResult", "GraphedGuidance",
-    "GuidanceResult", "HGRError", "HGRInfo", "category_weights", "file_hash", "fingerprint", "load_hgr", "parse_categories", "redirect_condition",
+    "warm_up_steps", "FlaggedConceptGuard", "select_flagged", "HGR", "CategorySettings", "ConditionResult", "GuidanceResult",
+    "HGRError", "HGRInfo", "category_weights", "file_hash", "fingerprint", "load_hgr", "parse_categories", "redirect_condition",
     "redirect_guidance", "save_hgr",
 ]  # fmt: skip

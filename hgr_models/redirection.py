@@ -84,7 +84,7 @@ def _strength(value: str, name: str) -> float:
 
 
 @lru_cache(maxsize=64)
-def strengths_on(settings: CategorySettings, device: torch.device) -> Tensor:
+def _strengths(settings: CategorySettings, device: torch.device) -> Tensor:
     return torch.tensor(settings.strengths, device=device)  # cached: a copy to the GPU in every step would wait for it
 
 
@@ -94,7 +94,7 @@ def category_weights(harmfulness: Tensor, thresholds: Tensor, settings: Category
     NaN counts as harmful: what nothing is known about must not pass as clean.
     """
     limit = (thresholds + settings.threshold_offset).clamp(0, 1).to(harmfulness.device)  # see ConditionRedirector.units
-    return torch.where(harmfulness <= limit, 0.0, strengths_on(settings, harmfulness.device))
+    return torch.where(harmfulness <= limit, 0.0, _strengths(settings, harmfulness.device))
 
 
 @torch.no_grad()

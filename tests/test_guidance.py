@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, redirect_guidance
-from hgr_models.guidance import _pool, averaged_by_axis, chunked_group_norm
+from hgr_models.guidance import _brings_weights, _pool, averaged_by_axis, chunked_group_norm
 from hgr_models.losses import guidance_losses
 from hgr_models.recording import Points
 
@@ -112,3 +112,13 @@ def test_group_norm_by_chunks_is_torch_s(shape):
     x, weight, bias = torch.randn(shape) * 3 + 5, torch.randn(16), torch.randn(16)
     wanted = torch.nn.functional.group_norm(x, 8, weight, bias, 1e-5)
     assert_close(chunked_group_norm(x, 8, weight, bias, 1e-5), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_bring_their_weights_are_called():
+    norm = torch.nn.GroupNorm(8, 16)
+    norm.weight_function = []  # as ComfyUI's layers have it
+    assert not _brings_weights(norm)
+    for name, value in (("_v", (1, 2, 3)), ("weight_function", [abs]), ("bias_function", [abs])):
+        layer = torch.nn.GroupNorm(8, 16)
+        setattr(layer, name, value)
+        assert _brings_weights(layer)

@@ -148,7 +148,6 @@ class Run:
     probes: int = 0  # evaluations inside the window that came without a negative
     probing: bool = False  # the next redirection is of a direction that a probe gave
     flagged_probe: Lagged = field(default_factory=Lagged)
-    graphed: hgr_models.GraphedGuidance = field(default_factory=hgr_models.GraphedGuidance)  # its graphs hold GPU memory
     flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
     concepts: Concepts = field(default_factory=Concepts)
     evaluation: int = 0  # how many there were, this one included
@@ -210,7 +209,6 @@ class Run:
     def clear(self) -> None:
         """Lets go of everything that belongs to the run."""
         self.guider = None
-        self.graphed.clear()
         self.flagged.clear()
         self.concepts = Concepts()
         self.split_roles.clear()

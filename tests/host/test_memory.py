@@ -11,12 +11,11 @@ import comfy.samplers
 import pytest
 import torch
 from safecfg import hgr_models
-from safecfg.hgr_models.graphed import resident_addresses
 from safecfg.nodes import loader
 from safecfg.nodes.loader import load_hgr_model, load_patcher
-from safecfg.nodes.redirect.runs import KEY, Run, SafeCFGError
+from safecfg.nodes.redirect.runs import KEY, SafeCFGError
 
-from fakes import ALWAYS, CPU, NEVER, apply_hgr, make_hgr, make_settings
+from fakes import ALWAYS, CPU, NEVER, apply_hgr, make_hgr
 from host_nodes import HOST, call
 from test_conditions import BY_CONDITION, redirected
 from tiny import make_tiny_model
@@ -124,28 +123,6 @@ def test_partially_loaded(tiny_model, tiny_cond, load, monkeypatch, lora):
         torch.testing.assert_close(got, wanted, atol=1e-4 if lora else 0, rtol=0)
         comfy.model_management.unload_all_models()
     assert torch.equal(whole[0], whole[1]) and not torch.equal(whole[1], whole[2])
-
-
-def test_no_graph_of_weights_that_come_with_every_call(tiny_model, tiny_cond, load, monkeypatch):
-    """Core's layers: whole ones can be read by a CUDA graph, those that core patches when they are called cannot."""
-    hgr = load()
-    model, network = apply_hgr(tiny_model, hgr, strict=True), hgr.patcher.model
-    run(model, tiny_cond)
-    assert resident_addresses(network, CPU) is not None
-    comfy.model_management.unload_all_models()
-    keys = [key for key in network.state_dict() if key.startswith("guidance.") and key.endswith("conv1.weight")]
-    hgr.patcher.add_patches({key: (torch.zeros_like(network.state_dict()[key]),) for key in keys}, 1.0)
-    load_none = lambda self, *_, **__: self.model.partially_load(self.device, 1)  # noqa: E731
-    monkeypatch.setattr(comfy.model_management.LoadedModel, "model_use_more_vram", load_none)
-    run(model, tiny_cond)
-    assert resident_addresses(network, CPU) is None
-
-
-def test_a_run_lets_go_of_its_graphs(load):
-    found = Run(make_settings(load()))
-    found.graphed.kinds["any"] = object()
-    found.clear()
-    assert not found.graphed.kinds
 
 
 def loaded_modules() -> list:
