@@ -1,4 +1,4 @@
-"""A training or attack step as one CUDA graph: launching the small kernels of the demo's networks one by one takes ten times as long."""
+"""A training or attack step as one CUDA graph: launching the small kernels of the demo's networks one by one takes several times as long."""
 
 from collections.abc import Callable
 
