@@ -25,6 +25,7 @@ from .shapes import per_row
 
 GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
 FRAMES = 4
+ONE_BLOCK = ("cuda",)  # devices whose group norm reads each group with one block, which is slow for large pictures
 LARGE = 2**18  # numbers per picture from which normalising by chunks is faster on a GPU: 128 channels of 46x46 places
 CHUNKS = 32  # of each group
 REACH = 2.0  # logits below "as likely as not" at which a place is still changed half way
@@ -190,9 +191,9 @@ def _per_frame(rows: Tensor, frames: int) -> Tensor:
 
 
 def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """`norm(x)` of x (B, C, h, w). CUDA's kernel reads each group with one block, which is slow for large pictures."""
+    """`norm(x)` of x (B, C, h, w), by chunks where that is faster and the weights are at hand."""
     size, weight = x[0].numel(), norm.weight
-    if not x.is_cuda or torch.is_grad_enabled() or size < LARGE or size % (CHUNKS * norm.num_groups):
+    if x.device.type not in ONE_BLOCK or torch.is_grad_enabled() or size < LARGE or size % (CHUNKS * norm.num_groups):
         return norm(x)
     if _brings_weights(norm) or (weight.device, weight.dtype) != (x.device, x.dtype):
         return norm(x)

@@ -36,11 +36,6 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @staticmethod
-    def cat(parts: list["Prompts"]) -> "Prompts":
-        columns = ([getattr(p, f.name) for p in parts] for f in fields(Prompts))
-        return Prompts(*(None if column[0] is None else torch.cat(column) for column in columns))
-
 
 @dataclass
 class Points:

@@ -225,14 +225,14 @@ class Recording:
         buckets = {k: v for k, v in self._buckets[kind].items() if shape is None or k[0] == shape}
         parts = [shard.points(rows) for shard, rows in _draw_rows(buckets, count, generator)]
         mixed = torch.randperm(count, generator=generator)
-        points, prompts = Points.cat([points for points, _ in parts])[mixed], _stack([prompts for _, prompts in parts])[mixed]
+        points, prompts = Points.cat([points for points, _ in parts])[mixed], stacked([prompts for _, prompts in parts])[mixed]
         points.prompt = torch.arange(count)
         return points, prompts
 
     def draw_texts(self, harmful: bool, count: int, generator: torch.Generator) -> Texts:
         """Random encoded prompts with a harm, or without, all of one bucket."""
         buckets = self._buckets[f"{TEXTS} {HARMFUL if harmful else CLEAN}"]
-        drawn = _stack([shard.texts(rows) for shard, rows in _draw_rows(buckets, count, generator)])
+        drawn = stacked([shard.texts(rows) for shard, rows in _draw_rows(buckets, count, generator)])
         return drawn[torch.randperm(count, generator=generator)]
 
 
@@ -257,6 +257,7 @@ def _draw_rows(buckets: dict[tuple, list[Shard]], count: int, generator: torch.G
     return [(group[i], rows[which == i] - (ends[i] - group[i].size)) for i in which.unique().tolist()]
 
 
-def _stack(parts: list) -> Texts | Prompts:
+def stacked(parts: list) -> Texts | Prompts:
+    """Texts or Prompts of several parts, one after the other."""
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))

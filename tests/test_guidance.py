@@ -6,8 +6,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import small_hgr
-from hgr_models import CategorySettings, redirect_guidance
-from hgr_models.guidance import _brings_weights, _pool, averaged_by_axis, chunked_group_norm
+from hgr_models import CategorySettings, guidance, redirect_guidance
+from hgr_models.guidance import _pool, averaged_by_axis, chunked_group_norm
 from hgr_models.losses import guidance_losses
 from hgr_models.recording import Points
 
@@ -114,11 +114,21 @@ def test_group_norm_by_chunks_is_torch_s(shape):
     assert_close(chunked_group_norm(x, 8, weight, bias, 1e-5), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_that_bring_their_weights_are_called():
-    norm = torch.nn.GroupNorm(8, 16)
+@torch.no_grad()
+def test_large_pictures_are_normalised_by_chunks_unless_the_layer_brings_its_weights(monkeypatch):
+    monkeypatch.setattr(guidance, "ONE_BLOCK", ("cpu",))
+    monkeypatch.setattr(guidance, "LARGE", 16 * 16 * 16)
+    chunked = []
+    monkeypatch.setattr(guidance, "chunked_group_norm", lambda x, *rest: chunked.append(x.shape) or chunked_group_norm(x, *rest))
+    norm, large, small = torch.nn.GroupNorm(8, 16), torch.randn(1, 16, 16, 16), torch.randn(1, 16, 8, 8)
     norm.weight_function = []  # as ComfyUI's layers have it
-    assert not _brings_weights(norm)
+    for x in (large, small):
+        assert_close(guidance._normed(norm, x), norm(x), rtol=1e-5, atol=1e-5)
+    assert chunked == [large.shape]
+    with torch.enable_grad():
+        guidance._normed(norm, large)
     for name, value in (("_v", (1, 2, 3)), ("weight_function", [abs]), ("bias_function", [abs])):
         layer = torch.nn.GroupNorm(8, 16)
         setattr(layer, name, value)
-        assert _brings_weights(layer)
+        assert_close(guidance._normed(layer, large), norm(large))
+    assert len(chunked) == 1

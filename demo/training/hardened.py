@@ -30,7 +30,7 @@ from hgr_models.losses import mean_square
 from hgr_models.recording import Points, Prompts
 from hgr_models.redirection import read_guidance
 from hgr_models.shapes import per_row
-from hgr_models.shards import CLEAN, HARMFUL
+from hgr_models.shards import CLEAN, HARMFUL, stacked
 from hgr_models.train_guidance import (
     CAP,
     CLEAN_BATCH,
@@ -217,7 +217,7 @@ def recorded(model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Ge
     kinds = {HARMFUL: sample("harmful runs", harmful, followed, policy_of(hgr))}
     both = sample("clean runs", clean)[0], sample("clean words", words)[0]
     both[1].prompt += len(clean)
-    kinds[CLEAN] = Points.cat(list(both)), Prompts.cat([clean, words])
+    kinds[CLEAN] = Points.cat(list(both)), stacked([clean, words])
     others = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(HELD_OUT_RUNS * times)], rng)
     return Held(kinds), sample("clean runs held out", others)[0]
 
