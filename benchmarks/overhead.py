@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hgr_models import HGR, CategorySettings, redirect_condition, redirect_guidance
+from hgr_models.fused import without_fusing
 
 from . import overhead_counting as counting
 from .overhead_families import CATEGORIES, FAMILIES, Family, Host, HostError, fill, find_host, make_denoiser, make_hgr
@@ -79,6 +80,12 @@ def count_step(model: torch.nn.Module, family: Family, dtype: torch.dtype) -> di
         return counting.count(lambda: torch.func.functional_call(model, hollow, (), inputs))
 
 
+def counted(run: Callable[[], object]) -> dict[str, int]:
+    """The counts of a redirector in torch's operations, also where a GPU takes it in Triton's kernels."""
+    with without_fusing():
+        return counting.count(run)
+
+
 @torch.no_grad()
 def measure_family(name: str, host: Host | None, args: argparse.Namespace) -> dict:
     """Counts, shares and, unless --no-time, times of a family."""
@@ -88,7 +95,7 @@ def measure_family(name: str, host: Host | None, args: argparse.Namespace) -> di
     runs, size = hgr_runs(family, hgr), lambda module: sum(p.numel() for p in module.parameters())
     found = {"step": {"parameters": size(model), **count_step(model, family, dtype)}}
     for part, run in runs.items():
-        found[part] = {**counting.count(run), "share_of": 0.5 if part == "condition" else 1.0}
+        found[part] = {**counted(run), "share_of": 0.5 if part == "condition" else 1.0}
         found[part]["parameters"] = size(hgr.condition if part == "condition" else hgr.guidance)
         found[part]["flops_ratio"] = found[part]["flops"] / found["step"]["flops"] / found[part]["share_of"]
     found["flops_ratio"] = found["guidance"]["flops_ratio"]
@@ -127,8 +134,9 @@ def measure_growth(args: argparse.Namespace) -> dict:
     hgr, gpu, sizes = make_hgr("sd15", torch.device(args.device)), args.device != "cpu", []
     for size in SIZES:
         run = guidance_run(hgr, FAMILIES["sd15"].channels, size, ALARM)
-        sizes.append({"size": size, "pixels": size * size, **counting.count(run)})  # also the warm-up
+        sizes.append({"size": size, "pixels": size * size, **counted(run)})
         if not args.no_time:
+            run()  # the warm-up
             sizes[-1]["seconds"] = statistics.median(counting.seconds(run, 20 if gpu else 1, gpu) for _ in range(args.repeats))
     keys = ("flops", "peak_bytes") if args.no_time else ("flops", "peak_bytes", "seconds")
     return {"sizes": sizes, **{f"{key}_exponent": exponent([(s["pixels"], s[key]) for s in sizes]) for key in keys}}

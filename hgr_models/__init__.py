@@ -14,6 +14,7 @@ from .concept import (
 )
 from .concept_redirection import FlaggedConceptGuard, select_flagged
 from .errors import HGRError
+from .fused import release_packed
 from .hgr import HGR, HGRInfo
 from .redirection import (
     CategorySettings,
@@ -29,5 +30,5 @@ __all__ = [
     "DEFAULT_CONCEPTS", "SLD_PRESETS", "ConceptGuard", "SLDSettings", "output_units", "parse_concepts", "select_concept", "sld_term",
     "warm_up_steps", "FlaggedConceptGuard", "select_flagged", "HGR", "CategorySettings", "ConditionResult", "GuidanceResult",
     "HGRError", "HGRInfo", "category_weights", "file_hash", "fingerprint", "load_hgr", "parse_categories", "redirect_condition",
-    "redirect_guidance", "save_hgr",
+    "redirect_guidance", "release_packed", "save_hgr",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused import fused_trunk
 from .heads import start_at_zero
 from .shapes import per_row
 
@@ -28,6 +29,7 @@ FRAMES = 4
 ONE_BLOCK = ("cuda",)  # devices whose group norm reads each group with one block, which is slow for large pictures
 LARGE = 2**18  # numbers per picture from which normalising by chunks is faster on a GPU: 128 channels of 46x46 places
 CHUNKS = 32  # of each group
+STRONGEST = 4  # places whose mean is the whole picture's logit
 REACH = 2.0  # logits below "as likely as not" at which a place is still changed half way
 # How far a place is changed that is not near any harm. On 500 pictures of pairs and harms that training may see: at 1, 2 % of what is
 # not harmful is lost that 0.5 keeps; at 0, a substitute lacks room where the harm was small, and twice as much harm is left.
@@ -139,15 +141,35 @@ class GuidanceRedirector(nn.Module):
         if width % 2 or height % 2:
             inputs = F.pad(inputs, (0, width % 2, 0, height % 2), mode="replicate")
         embedding = self._embedding(log_snr, log_norm)
+        trunk = fused_trunk(self, inputs) or self
+        h, places = trunk.read_trunk(inputs, embedding, frames)
+        places = places.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 2 K, frames, h, w)
+        return Reading(*trunk.strongest(places).chunk(2, dim=1), *places.chunk(2, dim=1), h, embedding, (height, width), frames)
+
+    def read_trunk(self, inputs: Tensor, embedding: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """Of inputs (N, 3 C, H, W) with even sides: features, and logits per place (N, 2 K, H / 2, W / 2)."""
         rows = _per_frame(embedding, frames)
         h = self.stem(F.pixel_unshuffle(inputs, 2))
         for i, block in enumerate(self.readers):
             h = block(h, rows)
             if i == 0:
                 h = self.read_context(h, frames)
-        places = self.read_head(F.silu(_normed(self.read_norm, h))).float()  # (B * frames, 2 K, h, w)
-        places = places.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 2 K, frames, h, w)
-        return Reading(*_pool(places).chunk(2, dim=1), *places.chunk(2, dim=1), h, embedding, (height, width), frames)
+        return h, self.read_head(F.silu(_normed(self.read_norm, h))).float()
+
+    def strongest(self, places: Tensor) -> Tensor:
+        """Logits (B, K) of logits per place (B, K, frames, h, w)."""
+        return pool(places)
+
+    def correct_trunk(self, features: Tensor, embedding: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """The residual (N, C, H, W) and pooled features (N / frames, width)."""
+        rows = _per_frame(embedding, frames)
+        h = features
+        for i, block in enumerate(self.correctors):
+            h = block(h, rows)
+            if i == 1:
+                h = self.correct_context(h, frames)
+        h = F.silu(_normed(self.correct_norm, h))
+        return F.pixel_shuffle(self.residual(h), 2), h.unflatten(0, (-1, frames)).mean(dim=(1, 3, 4))
 
     def correct(self, reading: Reading, weights: Tensor, elsewhere: float = ELSEWHERE) -> tuple[Tensor, Tensor]:
         """Attenuation (B, 1, *spatial) in [0, 1] and residual (B, C, *spatial), float32, for category weights (B, K) in [0, 1].
@@ -155,16 +177,12 @@ class GuidanceRedirector(nn.Module):
         `elsewhere` in [0, 1] is what is left of both far from the harm; training teaches the whole change, with 1.
         """
         frames = reading.frames
-        rows = _per_frame(reading.embedding + self.weights_in(weights.to(reading.embedding.dtype)), frames)
-        h = reading.features
-        for i, block in enumerate(self.correctors):
-            h = block(h, rows)
-            if i == 1:
-                h = self.correct_context(h, frames)
-        h = F.silu(_normed(self.correct_norm, h))
+        embedding = reading.embedding + self.weights_in(weights.to(reading.embedding.dtype))
+        # What read the direction corrects it, too: its features are in its own form.
+        trunk = getattr(reading.features, "trunk", self)
+        r, pooled = trunk.correct_trunk(reading.features, embedding, frames)
         height, width = reading.size
-        r = F.pixel_shuffle(self.residual(h), 2)[..., :height, :width].float()
-        pooled = h.unflatten(0, (-1, frames)).mean(dim=(1, 3, 4))  # (B, C)
+        r = r[..., :height, :width].float()
         level = self.attenuation(pooled).float()
         a = level.clamp(0, 1)
         if level.requires_grad:
@@ -245,7 +263,7 @@ def averaged_by_axis(video: Tensor, size: Sequence[int]) -> Tensor:
     return video
 
 
-def _pool(places: Tensor) -> Tensor:
+def pool(places: Tensor) -> Tensor:
     """The mean of the four strongest places: small harm in a large picture must not drown. (B, K, frames, h, w) -> (B, K)."""
     flat = places.flatten(2)
-    return flat.topk(min(4, flat.shape[2]), dim=2, sorted=False).values.mean(dim=2)
+    return flat.topk(min(STRONGEST, flat.shape[2]), dim=2, sorted=False).values.mean(dim=2)

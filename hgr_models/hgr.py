@@ -108,5 +108,9 @@ class HGR(nn.Module):
 
     def guidance_thresholds_at(self, sigma: Tensor) -> Tensor:
         """Thresholds (B, K) of the guidance redirector at noise levels sigma (B,)."""
-        levels, thresholds = (buffer.to(sigma.device) for buffer in (self.guidance_levels, self.guidance_thresholds))
-        return thresholds[torch.bucketize(log_snr_of(sigma), levels)]
+        return self.guidance_thresholds_of(log_snr_of(sigma))
+
+    def guidance_thresholds_of(self, log_snr: Tensor) -> Tensor:
+        """The same, where -2 ln sigma (B,) is known."""
+        levels, thresholds = (buffer.to(log_snr.device) for buffer in (self.guidance_levels, self.guidance_thresholds))
+        return thresholds[torch.bucketize(log_snr, levels)]

@@ -130,9 +130,12 @@ def log_snr_of(sigma: Tensor) -> Tensor:
 
 def read_guidance(network, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, sigma: Tensor):
     """The direction g / n, its rms n and the network's reading of it."""
+    return _read(network, cond_denoised, uncond_denoised, x_in, log_snr_of(sigma))
+
+
+def _read(network, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, log_snr: Tensor):
     direction, n = guidance_units(cond_denoised, uncond_denoised)
-    reading = network.read(direction, x_in.float(), uncond_denoised.float(), log_snr_of(sigma), n.log())
-    return direction, n, reading
+    return direction, n, network.read(direction, x_in.float(), uncond_denoised.float(), log_snr, n.log())
 
 
 @torch.no_grad()
@@ -151,10 +154,11 @@ def redirect_guidance(
     sigma (B,). `flagged` (B, K): category weights of earlier steps that stay in force. Where g = 0 there is nothing to
     redirect: harmfulness 0.
     """
-    direction, n, reading = read_guidance(hgr.guidance, cond_denoised, uncond_denoised, x_in, sigma)
+    log_snr = log_snr_of(sigma)
+    direction, n, reading = _read(hgr.guidance, cond_denoised, uncond_denoised, x_in, log_snr)
     something = (n != RMS_FLOOR)[:, None]  # n is floored; of NaN, too, there is something to redirect
     b = reading.direction_logits.sigmoid() * something
-    weights = category_weights(b, hgr.guidance_thresholds_at(sigma), settings)
+    weights = category_weights(b, hgr.guidance_thresholds_of(log_snr), settings)
     if flagged is not None:
         weights = torch.maximum(weights, flagged.to(weights.dtype)) * something
     if weights.device.type == "cpu" and not weights.any():  # elsewhere, looking would wait for the device

@@ -61,15 +61,16 @@ def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.mode
     return patcher(module, **devices)
 
 
-def frozen_patcher(networks, disable_dynamic: bool, device, again: tuple) -> comfy.model_patcher.ModelPatcher:
+def frozen_patcher(networks, device, again: tuple) -> comfy.model_patcher.ModelPatcher:
     """A patcher for networks in which nothing learns, on `device` (None: where core computes).
 
-    `again`: what core calls, and with what, for a copy on another GPU.
+    Never one of dynamic VRAM: that brings the weights of every layer with every call, which pays off for models of gigabytes,
+    and the kernels of `hgr_models.fused` need these few megabytes in one place. `again`: what core calls, and with what, for a copy on another GPU.
     """
     networks.eval().requires_grad_(False)
     patcher = core_patcher(
         networks,
-        disable_dynamic,
+        disable_dynamic=True,
         load_device=comfy.model_management.get_torch_device() if device is None else device,
         offload_device=comfy.model_management.unet_offload_device(),
     )
@@ -78,9 +79,9 @@ def frozen_patcher(networks, disable_dynamic: bool, device, again: tuple) -> com
 
 
 def load_patcher(path: str, disable_dynamic: bool = False, device=None) -> comfy.model_patcher.ModelPatcher:
-    """The networks of a file in a patcher of their own."""
+    """The networks of a file in a patcher of their own, which is never dynamic, whatever core asks for."""
     hgr = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast)
-    return frozen_patcher(hgr, disable_dynamic, device, (load_patcher, (path,)))
+    return frozen_patcher(hgr, device, (load_patcher, (path,)))
 
 
 def load_hgr_model(path: str) -> HGRModel:

@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from comfy_hosts import NO_HOST, OUTCOMES, TALLY, Host, count_by_host, describe, find_hosts
 from inner_runs import InnerRun
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # for test_fused.py; before a test's imports bring Triton
 
 # These run inside a host's Python, started by test_hosts.py.
 collect_ignore = ["host"]

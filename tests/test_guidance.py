@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, guidance, redirect_guidance
-from hgr_models.guidance import _pool, averaged_by_axis, chunked_group_norm
+from hgr_models.guidance import averaged_by_axis, chunked_group_norm, pool
 from hgr_models.losses import guidance_losses
 from hgr_models.recording import Points
 
@@ -40,7 +40,7 @@ def test_starts_as_no_change():
 def test_small_harm_in_a_large_picture_counts_in_full():
     places = torch.full((1, 1, 1, 64, 64), -8.0)
     places[..., 10:12, 20:22] = 6.0
-    assert _pool(places).item() == pytest.approx(6.0)
+    assert pool(places).item() == pytest.approx(6.0)
 
 
 def test_cost_is_linear_in_pixels():

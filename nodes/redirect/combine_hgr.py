@@ -33,7 +33,7 @@ def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False,
     """
     hgrs = [hgr_models.load_hgr(file, ops=comfy.ops.manual_cast) for file in files]
     hgr = CombinedHGR(hgrs, [Path(file).stem for file in files])
-    return frozen_patcher(hgr, disable_dynamic, device, (load_combined_patcher, (files,)))
+    return frozen_patcher(hgr, device, (load_combined_patcher, (files,)))
 
 
 def combine(hgrs: Sequence[HGRModel]) -> CombinedHGRModel:

@@ -167,6 +167,7 @@ def redirect(
     tensors.append(sigmas.to(patcher.load_device))
     flagged = run.flagged.get(direction)
     flagged = flagged if flagged is not None and len(flagged) == len(x) else None
+    run.networks.add(patcher.model)
     result = hgr_models.redirect_guidance(patcher.model, *tensors, run.settings.categories, flagged)
     if run.settings.remember_flagged:
         run.flagged[direction] = result.weights

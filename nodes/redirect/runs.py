@@ -148,6 +148,7 @@ class Run:
     probes: int = 0  # evaluations inside the window that came without a negative
     probing: bool = False  # the next redirection is of a direction that a probe gave
     flagged_probe: Lagged = field(default_factory=Lagged)
+    networks: set = field(default_factory=set)  # HGRs that redirected guidance: their packed weights go when the run ends
     flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
     concepts: Concepts = field(default_factory=Concepts)
     evaluation: int = 0  # how many there were, this one included
@@ -209,6 +210,9 @@ class Run:
     def clear(self) -> None:
         """Lets go of everything that belongs to the run."""
         self.guider = None
+        for network in self.networks:
+            hgr_models.release_packed(network)
+        self.networks.clear()
         self.flagged.clear()
         self.concepts = Concepts()
         self.split_roles.clear()
