@@ -4,9 +4,10 @@
     python -m benchmarks.overhead --families sd15 --repeats 1     (without ComfyUI: SD1.5 in the demo's own class)
 
 A CFG step is two rows of the denoiser, in ComfyUI's own class, with random weights: fp32 on a CPU, fp16 on a GPU. The guidance
-redirector runs at every step on one picture, in fp32 as ComfyUI holds it: `guidance` when something is flagged, the dearest
-case, `clean` when nothing is (a CPU then skips the correction). The condition redirector runs once per sampling run on one
-prompt: its shares are those of one evaluation, half a step. Left out of the step, and so against us: the sampler's own arithmetic.
+redirector runs at every step on one picture, in fp32 as ComfyUI holds it, in Triton's kernels where the nodes take them (FLOPs,
+operations and bytes are those of torch's layers all the same): `guidance` when something is flagged, the dearest case, `clean` when
+nothing is (a CPU then skips the correction). The condition redirector runs once per sampling run on one prompt: its shares are
+those of one evaluation, half a step. Left out of the step, and so against us: the sampler's own arithmetic.
 FLOPs are counted on tensors without contents. Times are pairs: a step, and right after it the redirector. On a GPU: eager and as
 a CUDA graph, blocks of steps with and without the redirector. `growth`: the guidance redirector at 32 to 256 latents a side.
 """

@@ -62,14 +62,18 @@ def _fits(c) -> bool:
     return c.width in (32, 64, 128, 256) and c.heads in (1, 2, 4, 8) and c.width // c.heads >= 16
 
 
+def brings_weights(layer: nn.Module) -> bool:
+    """Whether a ComfyUI layer brings its weights with every call, so that only the call has them: `_v` stands for dynamic VRAM,
+    the functions for patches on weights when VRAM is short."""
+    own = vars(layer)
+    return "_v" in own or bool(own.get("weight_function") or own.get("bias_function"))
+
+
 def _layers(network: nn.Module, device: torch.device) -> list[nn.Module] | None:
     """All layers with weights, if all of them are at hand: on the device, in fp32, and not brought by a host with every call."""
     layers = [module for module in network.modules() if getattr(module, "weight", None) is not None]
     for layer in layers:
-        own = vars(layer)
-        if "_v" in own or own.get("weight_function") or own.get("bias_function"):
-            return None
-        if any((w.device, w.dtype) != (device, torch.float32) for w in (layer.weight, layer.bias)):
+        if brings_weights(layer) or any((w.device, w.dtype) != (device, torch.float32) for w in (layer.weight, layer.bias)):
             return None
     return layers
 
@@ -79,13 +83,16 @@ def _supported(device: torch.device) -> bool:
         return False
     if device.type != "cuda":
         return True  # a test, in Triton's interpreter
-    return torch.version.hip is None and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= TF32
+    if torch.version.hip is not None or device.index != torch.cuda.current_device():  # Triton launches on the current one
+        return False
+    return torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= TF32
 
 
 def _checked(network: nn.Module, packed: "FusedTrunk", device: torch.device) -> bool:
     """Whether the kernels work on a device: they are tried once in a process, beside torch's layers."""
     if device in _works:
         return _works[device]
+    logger.info("SafeCFG: preparing the redirector's Triton kernels; the first time takes up to half a minute.")
     generator = torch.Generator().manual_seed(0)
     for size in CHECKED:
         x = torch.randn(1, 3 * network.config.latent_channels, *size, generator=generator).to(device)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import fused_trunk
+from .fused import brings_weights, fused_trunk
 from .heads import start_at_zero
 from .shapes import per_row
 
@@ -213,16 +213,9 @@ def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     size, weight = x[0].numel(), norm.weight
     if x.device.type not in ONE_BLOCK or torch.is_grad_enabled() or size < LARGE or size % (CHUNKS * norm.num_groups):
         return norm(x)
-    if _brings_weights(norm) or (weight.device, weight.dtype) != (x.device, x.dtype):
+    if brings_weights(norm) or (weight.device, weight.dtype) != (x.device, x.dtype):
         return norm(x)
     return chunked_group_norm(x, norm.num_groups, weight, norm.bias, norm.eps)
-
-
-def _brings_weights(layer: nn.Module) -> bool:
-    """Whether a ComfyUI layer brings its weights with every call, so that only the call has them: `_v` stands for dynamic VRAM,
-    the functions for patches on weights when VRAM is short."""
-    own = vars(layer)
-    return "_v" in own or bool(own.get("weight_function") or own.get("bias_function"))
 
 
 def chunked_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -65,7 +65,8 @@ def frozen_patcher(networks, device, again: tuple) -> comfy.model_patcher.ModelP
     """A patcher for networks in which nothing learns, on `device` (None: where core computes).
 
     Never one of dynamic VRAM: that brings the weights of every layer with every call, which pays off for models of gigabytes,
-    and the kernels of `hgr_models.fused` need these few megabytes in one place. `again`: what core calls, and with what, for a copy on another GPU.
+    and the kernels of `hgr_models.fused` need these few megabytes in one place. `again`: what core calls, and with what, for a
+    copy on another GPU.
     """
     networks.eval().requires_grad_(False)
     patcher = core_patcher(

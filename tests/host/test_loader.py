@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import folder_paths
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safecfg import hgr_models
 from safecfg.hgr_models import HGRError
 from safecfg.nodes import loader
-from safecfg.nodes.loader import LoadHGR, load_hgr_model
+from safecfg.nodes.loader import LoadHGR, load_hgr_model, load_patcher
 from safecfg.nodes.redirect.runs import KEY
 
 from fakes import apply_hgr, make_hgr
@@ -108,6 +109,14 @@ def test_weights_belong_to_core(folder):
     factory, arguments = patcher.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True)
     assert again.model is not patcher.model and again.model.info == patcher.model.info
+
+
+def test_never_of_dynamic_vram(folder, monkeypatch):
+    """Its layers would bring their weights with every call."""
+    path = save(folder / "mine.safetensors")
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", None, raising=False)
+    patcher = load_patcher(str(path))
+    assert type(patcher) is comfy.model_patcher.ModelPatcher
 
 
 def test_a_changed_file_is_loaded_again(folder):

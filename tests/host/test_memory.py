@@ -140,6 +140,14 @@ def test_unloaded_between_runs(tiny_model, tiny_cond, load):
     assert torch.equal(run(model, tiny_cond), first)
 
 
+def test_packed_weights_go_when_the_run_ends(tiny_model, tiny_cond, load):
+    """Those of `hgr_models.fused`, which core does not know of; here a stand-in, since the kernels need a GPU."""
+    hgr = load()
+    held = vars(hgr.patcher.model.guidance)
+    run(apply_hgr(tiny_model, hgr), tiny_cond, callback=lambda *_: held.update(fused="packed"))
+    assert "fused" not in held
+
+
 def test_an_hgr_that_no_graph_uses_is_freed(tiny_model, tiny_cond, load):
     hgr = load()
     model, network = apply_hgr(tiny_model, hgr), weakref.ref(hgr.patcher.model)
