@@ -42,13 +42,13 @@ def fused_trunk(network: nn.Module, x: Tensor) -> "FusedTrunk | None":
     if (layers := _layers(network, x.device)) is None or not _supported(x.device):
         return None
     key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for layer in layers for w in (layer.weight, layer.bias))
-    packed = network.__dict__.get("fused")
-    if packed is None or packed.key != key:
-        packed = FusedTrunk(network, key)
-        if not _checked(network, packed, x.device):
-            return None
-        network.__dict__["fused"] = packed
-    return packed
+    trunk = network.__dict__.get("fused")
+    if trunk is None or trunk.key != key:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # a graph's weights may change with every replay
+        if (trunk := _packed_trunk(network, key, x.device)) is not None:
+            network.__dict__["fused"] = trunk
+    return trunk
 
 
 def release_packed(networks: nn.Module) -> None:
@@ -88,10 +88,10 @@ def _supported(device: torch.device) -> bool:
     return torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= TF32
 
 
-def _checked(network: nn.Module, packed: "FusedTrunk", device: torch.device) -> bool:
-    """Whether the kernels work on a device: they are tried once in a process, beside torch's layers."""
+def _packed_trunk(network: nn.Module, key: tuple, device: torch.device) -> "FusedTrunk | None":
+    """The trunk with packed weights; before the first one on a device in this process, the kernels are tried beside torch's layers."""
     if device in _works:
-        return _works[device]
+        return FusedTrunk(network, key) if _works[device] else None
     logger.info("SafeCFG: preparing the redirector's Triton kernels; the first time takes up to half a minute.")
     generator = torch.Generator().manual_seed(0)
     for size in CHECKED:
@@ -99,9 +99,12 @@ def _checked(network: nn.Module, packed: "FusedTrunk", device: torch.device) -> 
         embedding = torch.randn(1, 2 * network.config.width, generator=generator).to(device)
         h, *wanted = network.read_trunk(x, embedding, 1)
         wanted += network.correct_trunk(h, embedding, 1)
+        if not all(t.isfinite().all() for t in wanted):
+            return None  # weights that tell nothing of the kernels
         try:
-            features, *found = packed.read_trunk(x, embedding, 1)
-            found += packed.correct_trunk(features, embedding, 1)
+            trunk = FusedTrunk(network, key)
+            features, *found = trunk.read_trunk(x, embedding, 1)
+            found += trunk.correct_trunk(features, embedding, 1)
             far = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, wanted, strict=True))
             why = None if far <= TOLERANCE else f"its results are {far:.1%} off"
         except torch.OutOfMemoryError:
@@ -111,9 +114,9 @@ def _checked(network: nn.Module, packed: "FusedTrunk", device: torch.device) -> 
         if why:
             logger.warning("SafeCFG: Triton does not work here (%s); the redirector is a little slower without it.", why)
             _works[device] = False
-            return False
+            return None
     _works[device] = True
-    return True
+    return trunk
 
 
 class FusedTrunk:

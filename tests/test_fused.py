@@ -163,6 +163,15 @@ def test_tried_beside_torch_s_layers_once(monkeypatch, caplog):
     assert torch.equal(torch.random.get_rng_state(), state)  # a picture's noise does not depend on it
 
 
+def test_weights_that_are_not_finite_say_nothing_of_the_kernels(monkeypatch, caplog):
+    monkeypatch.setattr(fused, "_works", {})
+    monkeypatch.setattr(fused, "CHECKED", ((10, 14),))
+    spoilt, x = make_hgr().guidance, torch.zeros(1, 12, 8, 8, device=DEVICE)
+    spoilt.stem.bias[0] = float("nan")
+    assert fused.fused_trunk(spoilt, x) is None and not caplog.records
+    assert fused.fused_trunk(make_hgr().guidance, x) is not None
+
+
 @pytest.mark.parametrize("wrong", ["error", "numbers"])
 def test_kernels_that_do_not_work_are_not_used(wrong, monkeypatch, caplog):
     """A compiler that is missing, or results that are off: said once, and torch's layers do the work."""

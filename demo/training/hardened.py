@@ -25,6 +25,7 @@ from benchmarks.attack import RADIUS, spread_of
 from benchmarks.attack_surrogates import SafeCFG
 from hgr_models import HGR, CategorySettings, HGRError, load_hgr, redirect_guidance, save_hgr
 from hgr_models.calibration import calibrated, guidance_readings, run_maxima
+from hgr_models.fused import without_fusing
 from hgr_models.guidance import ELSEWHERE
 from hgr_models.losses import mean_square
 from hgr_models.recording import Points, Prompts
@@ -76,7 +77,8 @@ def train(steps: int, device: str, seed: int, times: int = 1) -> None:
     """
     model, hgr = DemoModel.load(device), load_hgr(OUT).to(device)
     scale_response(hgr, 1 / hgr.info.training.get("guidance_response", 1.0))
-    train_in(model, hgr, steps, seed, times)
+    with without_fusing():  # a replayed graph changes weights without a trace: packed ones would be those of before
+        train_in(model, hgr, steps, seed, times)
     scale_response(hgr, RESPONSE)
     hgr.info = calibrate(model, hgr, seed)
     hgr.info.training.update(hardened_steps=steps, hardened_seed=seed, hardened_times=times, guidance_response=RESPONSE)
