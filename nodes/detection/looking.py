@@ -97,7 +97,10 @@ class Looking(comfy.samplers.Sampler):
             x_in = model.model_sampling.calculate_input(sigma, x)
             return Seen(*(t.to(device) for t in (x_in, sigma, *denoised)))
 
-        self.found = detect(self.patcher.model.guidance, see, tuple(latent_image.shape), self.looks, self.prompts)
+        try:
+            self.found = detect(self.patcher.model.guidance, see, tuple(latent_image.shape), self.looks, self.prompts)
+        finally:
+            hgr_models.release_packed(self.patcher.model)
         return latent_image
 
 
