@@ -39,10 +39,9 @@ def fused_trunk(network: nn.Module, x: Tensor) -> "FusedTrunk | None":
     """
     if not _wanted[0] or x.device.type not in DEVICES or torch.is_grad_enabled() or not _fits(network.config):
         return None
-    if (layers := _layers(network, x.device)) is None or not _supported(x.device):
-        return None
-    key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for layer in layers for w in (layer.weight, layer.bias))
     trunk = network.__dict__.get("fused")
+    if not _supported(x.device) or (key := _key(_layers(network) if trunk is None else trunk.layers, x.device)) is None:
+        return None
     if trunk is None or trunk.key != key:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # a graph's weights may change with every replay
@@ -69,23 +68,37 @@ def brings_weights(layer: nn.Module) -> bool:
     return "_v" in own or bool(own.get("weight_function") or own.get("bias_function"))
 
 
-def _layers(network: nn.Module, device: torch.device) -> list[nn.Module] | None:
-    """All layers with weights, if all of them are at hand: on the device, in fp32, and not brought by a host with every call."""
-    layers = [module for module in network.modules() if getattr(module, "weight", None) is not None]
+def _layers(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if getattr(module, "weight", None) is not None]
+
+
+def _key(layers: list[nn.Module], device: torch.device) -> tuple | None:
+    """What changes with the weights of layers; None unless all are at hand: on the device, in fp32, not brought with every call."""
+    key = []
     for layer in layers:
-        if brings_weights(layer) or any((w.device, w.dtype) != (device, torch.float32) for w in (layer.weight, layer.bias)):
+        if brings_weights(layer):
             return None
-    return layers
+        for w in (layer.weight, layer.bias):
+            if w.device != device or w.dtype != torch.float32:
+                return None
+            key.append((w.data_ptr(), 0 if w.is_inference() else w._version))
+    return tuple(key)
 
 
 def _supported(device: torch.device) -> bool:
-    if _works.get(device) is False or find_spec("triton") is None:
+    if device not in _works and not _possible(device):
+        _works[device] = False
+    if _works.get(device) is False:
         return False
     if device.type != "cuda":
         return True  # a test, in Triton's interpreter
-    if torch.version.hip is not None or device.index != torch.cuda.current_device():  # Triton launches on the current one
+    return device.index == torch.cuda.current_device() and torch.backends.cudnn.allow_tf32  # Triton launches on the current one
+
+
+def _possible(device: torch.device) -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= TF32
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TF32
 
 
 def _packed_trunk(network: nn.Module, key: tuple, device: torch.device) -> "FusedTrunk | None":
@@ -125,10 +138,10 @@ class FusedTrunk:
     def __init__(self, network: nn.Module, key: tuple):
         from . import fused_kernels  # here: Triton is not everywhere
 
-        self.kernels, self.key, self.config = fused_kernels, key, network.config
+        self.kernels, self.key, self.layers = fused_kernels, key, _layers(network)
         self.stem = _packed(network.stem)
-        self.readers = Stack(self, network.readers, network.read_context, after=0)
-        self.correctors = Stack(self, network.correctors, network.correct_context, after=1)
+        self.readers = Stack(network.readers, network.read_context, after=0)
+        self.correctors = Stack(network.correctors, network.correct_context, after=1)
         self.read_norm, self.correct_norm = network.read_norm, network.correct_norm
         self.head, self.residual = _packed(network.read_head), _packed(network.residual)
 
@@ -142,7 +155,7 @@ class FusedTrunk:
         x = torch.empty(n, *size, channels, 2, 2, device=inputs.device, dtype=torch.float16)
         x.copy_(inputs.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5))  # pixel_unshuffle
         h = self.kernels.convolve(x.view(n, size[0] * size[1], 4 * channels), size, *self.stem, side=3, groups=8)
-        h = self.readers(Features(self, size, *h), embedding, frames)
+        h = self.readers(self, Features(self, size, *h), embedding, frames)
         places = self.kernels.convolve(self.silu_normed(self.read_norm, h), size, *self.head, side=1)[0]
         return h, places.transpose(1, 2).unflatten(2, size)
 
@@ -157,7 +170,7 @@ class FusedTrunk:
 
     def correct_trunk(self, features: "Features", embedding: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """The residual (N, C, H, W) and pooled features (N / frames, width)."""
-        h = self.correctors(features, embedding, frames)
+        h = self.correctors(self, features, embedding, frames)
         normed = self.silu_normed(self.correct_norm, h)
         r = self.kernels.convolve(normed, h.size, *self.residual, side=3)[0]
         r = r.unflatten(1, h.size).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # pixel_shuffle
@@ -175,33 +188,33 @@ class Features:
 
 
 class Stack:
-    """Residual blocks with a context after one of them."""
+    """Residual blocks with a context after one of them; it does not hold its trunk, which must be freed as soon as it is let go."""
 
-    def __init__(self, trunk: FusedTrunk, blocks: nn.ModuleList, context: nn.Module, after: int):
-        self.trunk, self.after, self.context = trunk, after, context
+    def __init__(self, blocks: nn.ModuleList, context: nn.Module, after: int):
+        self.after, self.context = after, context
         self.norms = [(block.norm1, block.norm2) for block in blocks]
         self.convolutions = [(_packed(block.conv1), _packed(block.conv2)) for block in blocks]
         self.film = torch.cat([block.film.weight for block in blocks]), torch.cat([block.film.bias for block in blocks])
         self.q, self.kv, self.out = (_packed(layer) for layer in (context.q, context.kv, context.out))
 
-    def __call__(self, h: Features, embedding: Tensor, frames: int) -> Features:
-        kernels, normed = self.trunk.kernels, self.trunk.silu_normed
+    def __call__(self, trunk: FusedTrunk, h: Features, embedding: Tensor, frames: int) -> Features:
+        kernels, normed = trunk.kernels, trunk.silu_normed
         films = nn.functional.linear(embedding, *self.film).chunk(len(self.norms), dim=1)
         for i, (film, norms, (first, second)) in enumerate(zip(films, self.norms, self.convolutions, strict=True)):
-            y = Features(self.trunk, h.size, *kernels.convolve(normed(norms[0], h), h.size, *first, side=3, groups=8))
+            y = Features(trunk, h.size, *kernels.convolve(normed(norms[0], h), h.size, *first, side=3, groups=8))
             y = normed(norms[1], y, film, frames)
-            h = Features(self.trunk, h.size, *kernels.convolve(y, h.size, *second, side=3, groups=8, residual=h.x))
+            h = Features(trunk, h.size, *kernels.convolve(y, h.size, *second, side=3, groups=8, residual=h.x))
             if i == self.after:
-                h = self._attended(h, frames)
+                h = self._attended(trunk, h, frames)
         return h
 
-    def _attended(self, h: Features, frames: int) -> Features:
+    def _attended(self, trunk: FusedTrunk, h: Features, frames: int) -> Features:
         from .guidance import FRAMES, GRID
 
-        c, kernels = self.context, self.trunk.kernels
+        c, kernels = self.context, trunk.kernels
         to = (min(frames, FRAMES), min(h.size[0], GRID), min(h.size[1], GRID))
         kv = kernels.pool(h.x, frames, h.size, to, c.norm_pooled, *self.kv)
-        return Features(self.trunk, h.size, *kernels.attend(h.x, frames, c.heads, 8, c.norm, self.q, kv, self.out))
+        return Features(trunk, h.size, *kernels.attend(h.x, frames, c.heads, 8, c.norm, self.q, kv, self.out))
 
 
 def _packed(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """The guidance redirector's Triton kernels say what torch's layers say: on a GPU, or elsewhere in Triton's interpreter."""
 
 import copy
+import gc
 import logging
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -120,8 +122,13 @@ def test_changed_weights_are_packed_anew():
     hgr.guidance.residual.weight.mul_(-1)
     assert_same(hgr, 1, 4, 16, 16)
     assert packed(hgr) != first
-    release_packed(hgr)
-    assert not packed(hgr)
+    held = weakref.ref(packed(hgr)[0])
+    gc.disable()
+    try:
+        release_packed(hgr)
+        assert not packed(hgr) and held() is None  # at once: nobody collects cycles for the GPU's sake
+    finally:
+        gc.enable()
 
 
 def test_a_copy_reads_its_own_weights():

@@ -40,6 +40,15 @@ def test_defaults_are_the_schemas():
     assert {i.id: i.default for i in DetectHarm.define_schema().inputs if i.id in WIDGETS} == WIDGETS
 
 
+def test_packed_weights_go_with_the_look(tiny_model, tiny_cond):
+    """Those of `hgr_models.fused`; a stand-in, since the kernels need a GPU."""
+    hgr = make_hgr()
+    held = vars(hgr.patcher.model.guidance)
+    held["fused"] = "packed"
+    look(tiny_model, hgr, torch.zeros(1, 4, 8, 8), tiny_cond(1), tiny_cond(2))
+    assert "fused" not in held
+
+
 @torch.no_grad()
 def test_the_model_sees_core_s_noised_latents(tiny_model, tiny_cond, latents, monkeypatch):
     seen, noise = {}, torch.randn(latents.shape)
