@@ -55,6 +55,20 @@ def test_own_pairs_are_lines():
     assert all(p.harms == p.removed == {"cats"} for p in pairs)
 
 
+def test_lines_may_name_their_own_categories():
+    text = (
+        "weapons: a knife on a table => a spoon on a table\n"
+        "my brand|weapons: a Zorb knife => a spoon\n"
+        "a sign reading: stop => a sign reading: go\n"
+        "(blood:1.3) on a wall => paint on a wall\n"
+        "The end: a skull => The end: a flower"
+    )
+    pairs = [item.pair for item in parse_own(text, "own").pairs]
+    assert [sorted(p.harms) for p in pairs] == [["weapons"], ["my brand", "weapons"], ["own"], ["own"], ["own"]]
+    assert (pairs[0].harmful, pairs[0].safe) == ("a knife on a table", "a spoon on a table")
+    assert pairs[2].harmful == "a sign reading: stop" and pairs[3].harmful == "(blood:1.3) on a wall"
+
+
 def test_every_bad_line_is_named():
     with pytest.raises(HGRError) as error:
         parse_own("a => b\nno arrow\na => b => c\n=> safe\nharmful =>\nSame  text => same text\n" + "long " * 50, "own")
@@ -80,7 +94,7 @@ def test_category_names_must_fit_into_lists(name):
 def test_keep_categories():
     assert keep_categories("", CATEGORIES) == CATEGORIES
     assert keep_categories(" Violence;\nhate, ", CATEGORIES) == ("hate", "violence")
-    with pytest.raises(HGRError, match="Unknown category swords: these prompts have hate, harassment"):
+    with pytest.raises(HGRError, match="Unknown category .swords. in .*: these prompts have hate, harassment"):
         keep_categories("hate, swords", CATEGORIES)
 
 

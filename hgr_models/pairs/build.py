@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .. import category_list
 from ..errors import HGRError
 from .split import CLEAN, Part, split
 from .types import PromptPair, PromptSet, listed, normalised, shown
@@ -62,14 +63,11 @@ def words_of(text: str) -> set[str]:
 
 
 def keep_categories(text: str, available: Sequence[str]) -> tuple[str, ...]:
-    """The categories named in a text such as `sexual, violence`, in the order of `available`; all of them for an empty text.
+    """The categories that a text such as `sexual, violence` or `violence = off` keeps (`category_list`); all of them for an empty text.
 
-    Commas, semicolons and new lines separate. Raises HGRError for a name that is not available.
+    Raises HGRError for a name that is not available.
     """
-    named = [name.strip().lower() for name in re.split(r"[,;\n]", text) if name.strip()]
-    if unknown := [name for name in named if name not in available]:
-        raise HGRError(f"Unknown category {listed(unknown)}: these prompts have {', '.join(available)}.")
-    return tuple(name for name in available if name in named or not named)
+    return category_list.chosen(text, available)
 
 
 def clean_words_to_avoid(pairs: Sequence[Sourced], known: Collection[str]) -> frozenset[str]:
@@ -86,8 +84,12 @@ def clean_words_to_avoid(pairs: Sequence[Sourced], known: Collection[str]) -> fr
     return frozenset(found)
 
 
-def build(material: Material, categories: Sequence[str], concepts: Mapping[str, str], held_out: float, seed: int) -> Built:
+def build(
+    material: Material, categories: Sequence[str], concepts: Mapping[str, str], held_out: float, seed: int, calibration: int = 0
+) -> Built:
     """One set of the material's prompts of these categories, a share `held_out` of them (in [0, 0.5]) kept from training.
+
+    Of the clean prompts at least `calibration` are held out (no more than half of them), unless nothing is to be held out.
 
     A category without a text in `concepts` gets its own name as concept prompt. Raises HGRError for prompts that contradict
     each other and for a category without any pair.
@@ -105,7 +107,9 @@ def build(material: Material, categories: Sequence[str], concepts: Mapping[str, 
         "duplicate clean prompts": len(material.clean) - len(different),
         "clean prompts that a pair calls harmful": len(different) - len(clean),
     }
-    prompts, alone = _split(pairs, clean, tuple(categories), concepts, held_out, seed)
+    free = sum(item.held_out is None for item in clean)  # the split decides
+    shares = (held_out, max(held_out, min(0.5, calibration / max(1, free))) if held_out else 0.0)
+    prompts, alone = _split(pairs, clean, tuple(categories), concepts, shares, seed)
     warnings = tuple(
         f"{c}: all its pairs are of one subject, so none of them is held out" for c in categories if c in alone and held_out
     )
@@ -117,17 +121,24 @@ def _first(reversed_items: Mapping) -> list:
 
 
 def _split(
-    pairs: list[Sourced], clean: list[Clean], categories: tuple[str, ...], concepts: Mapping[str, str], held_out: float, seed: int
+    pairs: list[Sourced],
+    clean: list[Clean],
+    categories: tuple[str, ...],
+    concepts: Mapping[str, str],
+    shares: tuple[float, float],
+    seed: int,
 ) -> tuple[PromptSet, set[str]]:
-    """The set, and the categories of one subject only."""
+    """The set, and the categories of one subject only; `shares` of pairs and of clean prompts are held out."""
     parts = [Part(s.pair.harms, s.pair.subject, (s.pair.harmful, s.pair.safe), s.held_out) for s in pairs]
     parts += [Part(frozenset((CLEAN,)), item.subject, (item.prompt,), item.held_out) for item in clean]
-    out, alone = split(parts, held_out, seed)
+    out, alone = split(parts, *shares, seed)
     sides: tuple[list, ...] = [], [], [], []  # pairs, clean, and both held out
+    item: Any
     for i, item in enumerate((*pairs, *clean)):
         is_pair = i < len(pairs)
         sides[2 * out[i] + (not is_pair)].append(item.pair if is_pair else item.prompt)
-    return PromptSet(categories, *map(tuple, sides), {c: concepts.get(c, c) for c in categories}), alone
+    of_concepts = {c: concepts.get(c, c) for c in categories}
+    return PromptSet(categories, *map(tuple, sides), of_concepts), alone  # type: ignore[call-arg]  # a starred tuple
 
 
 def _check_contradictions(pairs: Sequence[Sourced]) -> None:
@@ -145,9 +156,9 @@ def _check_contradictions(pairs: Sequence[Sourced]) -> None:
             theirs = f"but {twin.origin} says {listed(twin.pair.removed)}"
             problems.append(f"{item.origin} says that {shown(pair.safe)} lacks {listed(pair.removed)}, {theirs}")
     for item in pairs:
-        left, other = item.pair.harms - item.pair.removed, harmful.get(normalised(item.pair.safe))
-        if other and not other.pair.harms <= left:
-            theirs = f"but {other.origin} calls it {listed(other.pair.harms)}"
+        left, known = item.pair.harms - item.pair.removed, harmful.get(normalised(item.pair.safe))
+        if known and not known.pair.harms <= left:
+            theirs = f"but {known.origin} calls it {listed(known.pair.harms)}"
             problems.append(f"{item.origin} calls {shown(item.pair.safe)} safe, {theirs}")
     if problems:
         raise HGRError(problem_list("Pairs contradict each other; say the same of a prompt wherever it stands:", problems))

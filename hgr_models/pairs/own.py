@@ -1,6 +1,8 @@
 """The user's own pairs: a text with one pair per line, and the rows of a file."""
 
+import re
 from pathlib import Path
+from re import compile as pattern
 
 from ..errors import HGRError
 from .build import Clean, Material, Sourced, problem_list
@@ -20,9 +22,20 @@ def category_name(text: str) -> str:
     return name
 
 
-def parse_own(text: str, category: str) -> Material:
-    """The pairs of a text of lines `harmful => safe`, all of one category; empty lines and those that begin with # are left out.
+# `weapons: a knife => a spoon`: one or two words before a colon and a space. Prompts begin with an article, or run on longer.
+NAMED = pattern(r"(?!(?:an?|the)\s)([^\W_][\w-]*(?: [\w-]+)?(?:\|[^\W_][\w-]*(?: [\w-]+)?)*):\s+(.*)", re.IGNORECASE | re.DOTALL)
 
+
+def named_categories(text: str, category: str) -> tuple[list[str], str]:
+    """The categories that a line names before a colon (several separated by |), and the rest; else `category` and the whole."""
+    found = NAMED.fullmatch(text)
+    return (found[1].split("|"), found[2]) if found else ([category], text)
+
+
+def parse_own(text: str, category: str) -> Material:
+    """The pairs of a text of lines `harmful => safe` of one category, or `name: harmful => safe` of another.
+
+    Empty lines and those that begin with # are left out.
     Raises HGRError with the number of every line that is something else.
     """
     found, problems = Material(), []
@@ -33,7 +46,8 @@ def parse_own(text: str, category: str) -> Material:
         try:
             if len(safe) != 1:
                 raise HGRError(f"expected one `{ARROW}`, as in `harmful {ARROW} safe`, but got {shown(line.strip())}")
-            row = {"harmful": harmful, "safe": safe[0], "category": [category]}
+            names, harmful = named_categories(harmful, category)
+            row = {"harmful": harmful, "safe": safe[0], "category": names}
             found.pairs.append(Sourced(_pair(row), f"line {number} of the own pairs"))
         except HGRError as error:
             problems.append(f"line {number}: {error}")

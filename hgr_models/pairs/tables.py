@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import HGRError
 from .types import shown
@@ -18,7 +19,7 @@ Row = tuple[str, dict | HGRError]
 
 def csv_rows(path: Path) -> tuple[list[Row], set[str]]:
     """The rows, and the names of columns that nothing uses. Raises HGRError for a file that is not CSV with our columns."""
-    text = _read(path)
+    text = read_text(path)
     first = text.partition("\n")[0]
     delimiter = max(",;\t", key=first.count)  # spreadsheets of some countries write semicolons
     # newline="": line breaks inside quotes belong to the prompt.
@@ -35,7 +36,7 @@ def csv_rows(path: Path) -> tuple[list[Row], set[str]]:
         ) from error
 
 
-def _csv_rows(reader, names: list[str]) -> Iterator[Row]:
+def _csv_rows(reader: Any, names: list[str]) -> Iterator[Row]:
     start = reader.line_num + 1
     for cells in reader:
         place, start = f"line {start}", reader.line_num + 1
@@ -50,7 +51,7 @@ def _csv_rows(reader, names: list[str]) -> Iterator[Row]:
 
 def json_rows(path: Path) -> tuple[list[Row], set[str]]:
     """The rows, and the keys that nothing uses. Raises HGRError for a file that is not JSON with lists of prompts."""
-    text = _read(path)
+    text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
@@ -65,7 +66,7 @@ def json_rows(path: Path) -> tuple[list[Row], set[str]]:
     return rows, keys - {*COLUMNS, "pairs", "clean"}
 
 
-def _json_row(entry) -> dict | HGRError:
+def _json_row(entry: object) -> dict | HGRError:
     if not isinstance(entry, dict):
         return HGRError(f"expected an object with harmful and safe, but got {shown(json.dumps(entry))}")
     row: dict = {}
@@ -85,7 +86,8 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split("|") if name.strip()]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text. Raises HGRError for one that is not UTF-8, or cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

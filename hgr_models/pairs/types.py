@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import HGRError
 
@@ -26,7 +27,7 @@ class PromptPair:
     removed: frozenset[str]
     subject: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.harmful.strip() or not self.safe.strip():
             raise HGRError(f"Expected two prompts, but got {shown(self.harmful)} => {shown(self.safe)}.")
         if normalised(self.harmful) == normalised(self.safe):
@@ -52,7 +53,7 @@ class PromptSet:
     held_out_clean: tuple[str, ...] = ()
     concept_prompts: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         present = {c for pair in self.pairs for c in pair.harms}
         known = set(self.categories)
         empty = [c for c in self.categories if c not in present]
@@ -65,6 +66,18 @@ class PromptSet:
         if missing := known - self.concept_prompts.keys():
             raise HGRError(f"Expected a concept prompt for each category, but {listed(missing)} has none.")
 
+    def texts(self) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
+        """What the reading of prompts learns from: harmful texts with their harms, and clean ones.
+
+        Partners are among them, with the harms that are left: nothing teaches better which words matter than two prompts that
+        differ in those alone.
+        """
+        harmful = {pair.harmful: pair.harms for pair in self.pairs}
+        left = {pair.safe: pair.harms - pair.removed for pair in self.pairs}
+        harmful = {text: harms for text, harms in left.items() if harms} | harmful
+        clean = [text for text, harms in left.items() if not harms and text not in harmful]
+        return harmful, tuple(dict.fromkeys((*self.clean, *clean)))
+
     def digest(self) -> str:
         """SHA-256 of the content, the same on every machine: a resumed training must have the same prompts."""
         pairs = [
@@ -75,7 +88,7 @@ class PromptSet:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def listed(names) -> str:
+def listed(names: Any) -> str:
     """Names for a message, in alphabetical order."""
     return ", ".join(sorted(names))
 
