@@ -8,9 +8,10 @@ arXiv 2106.09685. Stored in the key format that ComfyUI's own loaders read: `dif
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import HGRError
 from .files import write_whole
+from .metadata import is_file, json_object
 
 KEY = "safecfg_lora"  # of the metadata entry
 PREFIX = "diffusion_model."
@@ -66,11 +68,12 @@ class Adapter(nn.Module):
 
 def _adapter(layer: nn.Module, settings: LoraSettings, generator: torch.Generator) -> Adapter:
     """A new adapter: `down` uniform as torch's own layers are, `up` zero. Its rank is at most the layer's own."""
+    size: Any = layer  # nn.Module gives every attribute two types
+    ends: tuple[int, ...]
     if is_conv(layer):
-        inner, ends = (layer.in_channels, *layer.kernel_size), (1, 1)
-        outer = layer.out_channels
+        inner, ends, outer = (size.in_channels, *size.kernel_size), (1, 1), size.out_channels
     else:
-        inner, ends, outer = (layer.in_features,), (), layer.out_features
+        inner, ends, outer = (size.in_features,), (), size.out_features
     fan_in = torch.Size(inner).numel()
     rank = min(settings.rank, fan_in, outer)
     down = torch.empty(rank, *inner).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
@@ -96,7 +99,7 @@ class LoRA(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, adapter: Adapter):
+    def _hook(self, adapter: Adapter) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
         def add(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
             return output + adapter(inputs[0], layer).to(output.dtype) if self.on else None
 
@@ -113,7 +116,7 @@ class LoRA(nn.Module):
 
     def tensors(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         """Copies on the CPU in ComfyUI's key format."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, adapter in zip(self.names, self.adapters, strict=True):
             up, down = (t.detach().to("cpu", dtype, copy=True) for t in (adapter.up, adapter.down))
             alpha = torch.tensor(adapter.scale * len(down), dtype=torch.float32)
@@ -164,11 +167,26 @@ def lora_from(tensors: Mapping[str, Tensor]) -> LoRA:
     adapters = {}
     for name in names:
         try:
-            up, down, alpha = (tensors[name + end].float() for end in (UP, DOWN, ALPHA))
+            up, down, alpha = (tensors[name + end] for end in (UP, DOWN, ALPHA))
         except KeyError as error:
             raise HGRError(f"This LoRA lacks {error}. The file is damaged: copy it again.") from error
-        adapters[name.removeprefix(PREFIX)] = Adapter(down, up, float(alpha) / len(down))
+        if problem := _adapter_problem(up, down, alpha):
+            raise HGRError(f"This LoRA has an impossible adapter for {name[:80]}: {problem}. The file is damaged: copy it again.")
+        adapters[name.removeprefix(PREFIX)] = Adapter(down.float(), up.float(), float(alpha) / len(down))
     return LoRA(adapters)
+
+
+def _adapter_problem(up: Tensor, down: Tensor, alpha: Tensor) -> str:
+    """What is wrong with an adapter's tensors; "" when nothing is."""
+    if not all(t.is_floating_point() and torch.isfinite(t.float()).all() for t in (up, down, alpha)):
+        return "expected finite floating-point values"
+    if alpha.numel() != 1:
+        return f"expected one number as alpha, but got {alpha.numel()}"
+    if down.ndim not in (2, 4) or up.ndim != down.ndim or 0 in (*up.shape, *down.shape):
+        return f"expected two matrices or two convolutions, but got {tuple(up.shape)} and {tuple(down.shape)}"
+    if up.shape[1] != len(down) or tuple(up.shape[2:]) != (1,) * (up.ndim - 2):
+        return f"{tuple(up.shape)} does not follow {tuple(down.shape)}"
+    return ""
 
 
 def save_lora(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dict) -> None:
@@ -178,9 +196,12 @@ def save_lora(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dic
 
 def load_lora(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a LoRA file and its `about`, {} when another program wrote it. Raises HGRError for a damaged file."""
+    if not is_file(path):
+        raise HGRError(f"There is no LoRA file {str(path)[:500]}.")
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            text = (file.metadata() or {}).get(KEY, "{}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
         raise HGRError(f"{path} is not a complete LoRA file ({error}). Copy it again, or train it again.") from error
+    return tensors, json_object(text, path, "a LoRA")

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,8 +22,8 @@ MAX_HALF = 6e4
 class Samples:
     """Noisy latents on the way to one batch of unlabelled pictures: S noise levels of P prompts, in the order of sampling.
 
-    Rows of x, sigma, c_in, uncond_denoised: level 0 of every prompt, then level 1, and so on, (S * P, ...). `tokens`, `pooled`
-    and `mask` have a row per prompt and, last, one for the empty prompt. Any floating dtype.
+    Rows of x, sigma, c_in, uncond_denoised: level 0 of every prompt, then level 1, and so on, (S * P, ...). `tokens`, `pooled`,
+    `mask` and `lengths` have a row per prompt and, last, one for the empty prompt. Any floating dtype.
     """
 
     x: Tensor
@@ -33,6 +33,7 @@ class Samples:
     tokens: Tensor  # (P + 1, T, D)
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    lengths: Tensor | None = None  # (P + 1,) tokens of each prompt, where shorter ones were padded
 
     @property
     def prompts(self) -> int:
@@ -42,11 +43,11 @@ class Samples:
     @property
     def bucket(self) -> tuple:
         """Rows of different samples stack when this is equal."""
-        return tuple(self.x.shape[1:]), tuple(self.tokens.shape[1:]), self.pooled is None, self.mask is None
+        return tuple(self.x.shape[1:]), tuple(self.tokens.shape[1:]), self.pooled is None, self.mask is None, self.lengths is None
 
     def tensors(self) -> dict[str, Tensor]:
         """The columns that there are, by name."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def write_samples(path: str | os.PathLike, samples: Samples) -> None:
@@ -64,9 +65,28 @@ def read_samples(path: str | os.PathLike) -> Samples:
         with safe_open(path, "pt") as file:
             if file.metadata() != FORMAT:
                 raise HGRError(f"Expected recorded samples of a safe LoRA in {path}, but it is some other file. Move it away.")
-            return Samples(**{key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+            samples = Samples(**{key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, TypeError) as error:
         raise HGRError(f"{path} is not complete ({error}). Delete it: it is recorded again.") from error
+    if problem := _problem_of(samples):
+        raise HGRError(f"{path} is damaged: {problem}. Delete it: it is recorded again.")
+    return samples
+
+
+def _problem_of(samples: Samples) -> str:
+    """What is wrong with the columns' shapes and types; "" when nothing is."""
+    texts = {"tokens": 3, "pooled": 2, "mask": 2, "lengths": 1}
+    for name, tensor in samples.tensors().items():
+        if name in texts and (tensor.ndim != texts[name] or len(tensor) != len(samples.tokens)):
+            return f"its column {name} has the shape {tuple(tensor.shape)}"
+        if name not in ("mask", "lengths") and not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+            return f"its column {name} does not hold finite numbers"
+    rows = len(samples.x)
+    if samples.x.ndim not in (4, 5) or samples.uncond_denoised.shape != samples.x.shape or samples.prompts < 1 or not rows:
+        return f"its latents have the shape {tuple(samples.x.shape)}"
+    if rows % samples.prompts or samples.sigma.shape != (rows,) or len(samples.c_in.flatten()) != rows:
+        return f"it has {rows} latents of {samples.prompts} prompts"
+    return ""
 
 
 @dataclass
@@ -107,13 +127,15 @@ class Batch:
     size: Tensor  # (B,)
     flagged: Tensor  # (B,) bool: the HGR turns this row
     empty: Tensor  # (B,) bool: the row has the empty prompt
+    lengths: Tensor | None = None  # (B,)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if t is None else t.to(device) for t in vars(self).values()))
 
-    def given(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What a denoiser is given for all rows, or for some (B,) bool."""
-        return tuple(None if t is None else t[rows] for t in (self.x, self.sigma, self.tokens, self.pooled, self.mask))
+    def given(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor | None, ...]:
+        """What a denoiser is given for all rows, or for some (B,) bool: x, sigma, tokens, pooled, mask, and lengths where there are."""
+        lengths = () if self.lengths is None else (self.lengths,)
+        return tuple(None if t is None else t[rows] for t in (self.x, self.sigma, self.tokens, self.pooled, self.mask, *lengths))
 
     def kinds(self) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) bool: flagged, left alone by the HGR, and with the empty prompt; every row is one of them."""
@@ -123,7 +145,7 @@ class Batch:
 class Pool:
     """Samples with their judgements, from which batches are drawn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.samples: list[Samples] = []
         self.judgements: list[Judgement] = []
 
@@ -164,14 +186,21 @@ class Pool:
 
 def texts_of(samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tokens, pooled and mask of rows (B,), float32."""
-    return tuple(None if t is None else t[rows % samples.prompts].float() for t in (samples.tokens, samples.pooled, samples.mask))
+    some = lambda t: None if t is None else t[rows % samples.prompts].float()  # noqa: E731
+    return samples.tokens[rows % samples.prompts].float(), some(samples.pooled), some(samples.mask)
+
+
+def lengths_of(samples: Samples, rows: Tensor) -> Tensor | None:
+    """Lengths of the prompts of rows (B,); None where nothing was padded."""
+    return None if samples.lengths is None else samples.lengths[rows % samples.prompts]
 
 
 def _rows(samples: Samples, judgement: Judgement, rows: Tensor) -> Batch:
     """Rows (B,) of samples and their judgement, float32."""
-    x, sigma, uncond_denoised = (getattr(samples, name)[rows].float() for name in ("x", "sigma", "uncond_denoised"))
+    x, sigma, uncond_denoised = (each[rows].float() for each in (samples.x, samples.sigma, samples.uncond_denoised))
     target, empty = uncond_denoised + judgement.direction[rows].float(), torch.zeros(len(rows), dtype=torch.bool)
-    return Batch(x, sigma, *texts_of(samples, rows), target, judgement.size[rows], judgement.flagged[rows], empty)
+    about = target, judgement.size[rows], judgement.flagged[rows], empty
+    return Batch(x, sigma, *texts_of(samples, rows), *about, lengths_of(samples, rows))
 
 
 def _parts(group: list[tuple[Samples, Judgement]], chosen: Tensor) -> Iterator[tuple[Samples, Judgement, Tensor]]:
@@ -190,9 +219,9 @@ def _stack(parts: list[Batch]) -> Batch:
 
 def _emptied(batch: Batch, empty: Tensor, samples: Samples) -> Batch:
     """The batch with the empty prompt of `samples` in some rows."""
-    for name in ("tokens", "pooled", "mask"):
-        if (value := getattr(batch, name)) is not None:
-            nothing = getattr(samples, name)[-1].to(value)
+    for name in ("tokens", "pooled", "mask", "lengths"):
+        if (value := vars(batch)[name]) is not None:
+            nothing = vars(samples)[name][-1].to(value)
             setattr(batch, name, torch.where(per_row(empty, value), nothing, value))
     batch.empty = empty
     return batch

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from .guidance import GuidanceRedirector
 from .recording import Points, Prompts
 from .redirection import RMS_FLOOR, read_guidance
 from .shapes import per_row
+
+OTHERS = 0.2  # the weight of a harmful prompt's other categories in the reading
 
 
 def mean_square(t: Tensor) -> Tensor:
@@ -47,9 +50,21 @@ def _size(points: Points) -> Tensor:
 def prompt_loss(
     network: ConditionRedirector, tokens: Tensor, harms: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the prompts' harmfulness, and its logits (B, K); tokens (B, T, D), harms (B, K)."""
+    """`reading_loss` of the prompts' harmfulness, and its logits (B, K); tokens (B, T, D), harms (B, K)."""
     logits = network.harmfulness_logits(tokens, pooled, mask)
-    return F.binary_cross_entropy_with_logits(logits, harms), logits
+    return reading_loss(logits, harms), logits
+
+
+def reading_loss(logits: Tensor, harms: Tensor) -> Tensor:
+    """Cross-entropy of K + 1 questions about prompts, from logits (B, K): is it harm of a category, and is it harm at all?
+
+    A pair names what it was written for, and much of that is harm of another kind, too. So a harmful prompt says little about its
+    other categories, and words between two of them count for both together. With one category both questions are the same.
+    """
+    asked = torch.cat([logits, logits.logsumexp(dim=1, keepdim=True)], dim=1)
+    harmful = harms.amax(dim=1, keepdim=True)
+    weight = torch.where(harms < harmful, OTHERS, 1.0)
+    return F.binary_cross_entropy_with_logits(asked, torch.cat([harms, harmful], dim=1), F.pad(weight, (0, 1), value=1.0))
 
 
 def quiet_loss(
@@ -70,7 +85,7 @@ def guidance_losses(
     has_direction: Tensor,
     elsewhere: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Error of the turned direction per sample (B,), cross-entropy of `b`, and of `q`, and the logits (B, K) of `b`.
+    """Error of the redirected direction per sample (B,), cross-entropy of `b`, and of `q`, and the logits (B, K) of `b`.
 
     harms (B, K) of the direction, weights (B, K) to redirect with, target (B, C, *spatial): the x0 prediction to reach,
     has_direction (B,) 0 where g = 0 stands for a picture alone, which only `q` is taught with; `elsewhere` as in

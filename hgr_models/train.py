@@ -4,7 +4,8 @@
 
 SHARDS are folders that SafeCFG Record Guidance wrote; several machines may have recorded the same prompts with different
 seeds. Gradients are averaged by torch's DistributedDataParallel. Stopped and started again with the same command, it goes
-on. With a model, it trains the condition redirector too; every process loads one:
+on. With --prompt-steps the condition redirector learns from the recorded prompts alone. With a model it learns through that,
+afterwards or alone; every process loads one:
 
     --comfyui PATH --checkpoint NAME    a checkpoint of that ComfyUI, the one that was recorded; run this in its Python
     --model MODULE:FUNCTION             the function is called with the device and gives the frozen denoiser
@@ -16,29 +17,30 @@ import importlib
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from . import training_state
-from .calibration import calibrated, calibrated_on_pictures, harmful_readings, picture_readings, prompt_readings, run_maxima
 from .checkpoint import save_hgr
 from .condition import ConditionConfig
 from .errors import HGRError
 from .guidance import GuidanceConfig
-from .hgr import HGR, uncalibrated_info
+from .hgr import HGR, NO_LATENTS, uncalibrated_info
 from .losses import PredictWith
-from .shards import CALIBRATION, PICTURES, Recording
+from .shards import CALIBRATION, Recording
 from .train_condition import ConditionTraining
 from .train_guidance import GuidanceTraining
-from .training import Training
+from .train_text import TextTraining
+from .trainer import CONDITION, GUIDANCE, PROMPTS, Phase, Step, Trainer, calibrate
+from .training import StepReport, Training
 
 SAVE_EVERY = 30.0  # seconds
-HOST_MODEL = Path(__file__).resolve().parents[1] / "nodes" / "training" / "host_model.py"  # all that knows ComfyUI
+CLI_MODEL = Path(__file__).resolve().parents[1] / "nodes" / "training" / "cli_model.py"  # all that knows ComfyUI
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +51,10 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the HGR; its state lies beside it while it learns"
     )
-    parser.add_argument("--guidance-steps", type=int, default=4200, metavar="N")
+    parser.add_argument("--guidance-steps", type=int, default=4200, metavar="N", help="0: no guidance redirector")
+    parser.add_argument(
+        "--prompt-steps", type=int, default=0, metavar="N", help="of the condition redirector from recorded prompts alone"
+    )
     parser.add_argument("--condition-steps", type=int, default=1400, metavar="N", help="with a model")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="the frozen denoiser, for the condition redirector")
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="the folder of a ComfyUI, with --checkpoint")
@@ -83,13 +88,15 @@ class Command:
         self.training_part, self.held_out = self.recording.divided()
         self.facts = self.recording.shards[0].about
         self.folder = args.out.parent / f"{args.out.name}.training"
-        self.trainings: dict[str, Training] = {}
         self.losses: dict[str, list[float]] = {}
-        self.about = training_state.read_about(self.folder)
-        if self.about is not None and self.about["settings"] != self._settings():
+        more = {"losses": self.losses, "settings": self._settings()}
+        self.trainer = Trainer(self.folder, more=more, save_every=SAVE_EVERY, stores=self.rank == 0)
+        about = self.trainer.take_up()
+        if about is not None and about["settings"] != self._settings():
             raise HGRError(
                 f"{self.folder} holds a training with other settings or shards. Choose another --out, or delete it to begin again."
             )
+        self.losses |= {} if about is None else about["losses"]
 
     def _settings(self) -> dict:
         """What must not change between a stop and its resumption."""
@@ -99,85 +106,79 @@ class Command:
     def run(self) -> HGR:
         """Trains and calibrates; the first process writes the file."""
         torch.manual_seed(self.args.seed)  # every process begins with the same weights
-        info, k = uncalibrated_info(self.facts), len(self.facts["categories"])
-        width = self.facts.get("short_width", 0)
-        condition = ConditionConfig(info.token_width, k, info.pooled_width, short_width=width)
-        condition = condition if self.args.model or self.args.comfyui else None
-        hgr = HGR(info, condition, GuidanceConfig(info.latent_channels, k, info.latent_dimensions)).to(self.device)
-        if hgr.condition is not None:
-            training = ConditionTraining(hgr, self.args.condition_steps, self.args.seed, self.args.batch)
-            training.measure(self.recording)
+        hgr = self._new_hgr().to(self.device)
+        if self.args.prompt_steps:
+            text = TextTraining(hgr, self.args.prompt_steps, self.args.seed)
+            text.measure(self.recording)
+            self._train(PROMPTS, text, lambda: text.train_step(self.recording))
+        if self.args.model or self.args.comfyui:
+            polish = ConditionTraining(hgr, self.args.condition_steps, self.args.seed, self.args.batch)
+            if not self.args.prompt_steps:
+                polish.measure(self.recording)
             predict = load_model(self.args, self.device, self.recording)
-            training.scale = getattr(predict, "loss_scale", 1.0)
-            self._train("condition", training, lambda: training.train_step(self.training_part, predict).loss)
-        training_b = GuidanceTraining(hgr, self.args.guidance_steps, self.args.seed + 1)
-        self._train("guidance", training_b, lambda: training_b.train_step(self.training_part).loss)
-        if self.rank == 0 and self.held_out is not None:
-            print(
-                f"guidance: distance to the safe direction {training_b.error_on(self.held_out, 512):.3f} on runs that were not trained on"
-            )
+            polish.scale = getattr(predict, "loss_scale", 1.0)
+            self._train(CONDITION, polish, lambda: polish.train_step(self.training_part, predict))
+        if hgr.guidance is not None:
+            guidance = GuidanceTraining(hgr, self.args.guidance_steps, self.args.seed + 1)
+            self._train(GUIDANCE, guidance, lambda: guidance.train_step(self.training_part))
+            if self.rank == 0 and self.held_out is not None:
+                error = guidance.error_on(self.held_out, 512)
+                print(f"guidance: distance to the safe direction {error:.3f} on runs that were not trained on")
         if self.rank == 0:
             self._finish(hgr)
         if self.world > 1:
             dist.destroy_process_group()
         return hgr
 
-    def _train(self, name: str, training: Training, step: Callable[[], float]) -> None:
-        if self.about is not None:
-            training_state.load_state(self.folder, name, training, self.about)
-        self.losses[name] = [] if self.about is None else self.about["losses"].get(name, [])
-        self.trainings[name] = training
+    def _new_hgr(self) -> HGR:
+        """The networks that are asked for; without the guidance redirector the HGR belongs to the text encoder."""
+        facts = self.facts if self.args.guidance_steps else {**self.facts, **NO_LATENTS}
+        info, k, width = uncalibrated_info(facts), len(self.facts["categories"]), self.facts.get("short_width", 0)
+        asked = self.args.prompt_steps or self.args.model or self.args.comfyui
+        condition = ConditionConfig(info.token_width, k, info.pooled_width, short_width=width) if asked else None
+        guidance = GuidanceConfig(info.latent_channels, k, info.latent_dimensions) if self.args.guidance_steps else None
+        return HGR(info, condition, guidance)
+
+    def _train(self, name: str, training: Training, step: Callable[[], StepReport]) -> None:
+        self.trainer.begin(name, training)
+        losses = self.losses.setdefault(name, [])
         if self.world > 1:
             training.distribute(self.rank)
-        saved, bar = time.monotonic(), tqdm(total=training.steps, initial=training.step, desc=name, disable=self.rank > 0)
-        with bar:
-            while training.step < training.steps:
-                self.losses[name].append(step())
-                bar.update()
-                if time.monotonic() - saved > SAVE_EVERY:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
-        training.finish()
+        with tqdm(total=training.steps, initial=training.step, desc=name, disable=self.rank > 0) as bar:
 
-    def _save(self) -> None:
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            training_state.save_state(self.folder, self.trainings, {"losses": self.losses, "settings": self._settings()})
+            def note(at: Step) -> None:
+                losses.append(at.report.loss)
+                bar.update()
+
+            self.trainer.progress = note
+            self.trainer.run(Phase(name, training, step, training.steps))
 
     def _finish(self, hgr: HGR) -> None:
-        hgr.eval().requires_grad_(False)
-        texts, shards = self.recording.calibration_texts(), self.recording.of_kind(CALIBRATION)
-        if not shards:
+        if hgr.guidance is not None and not self.recording.of_kind(CALIBRATION):
             raise HGRError("There are no calibration runs among the shards. Record with `calibration_runs` of at least 1.")
-        p = torch.cat([prompt_readings(hgr, t, self.device) for t in texts]) if hgr.condition else None
-        b = torch.cat([run_maxima(hgr, shard.runs(), self.device) for shard in shards])
-        harmful = harmful_readings(hgr, self.recording, self.device)
-        hgr.info = calibrated(hgr, p, b, self.args.false_positive_rate, harmful=harmful)
-        if shards := self.recording.of_kind(PICTURES):
-            q = torch.cat([picture_readings(hgr, shard.runs(), shard.prompts(), self.device) for shard in shards])
-            hgr.info = calibrated_on_pictures(hgr.info, q, self.args.false_positive_rate)
-        hgr.info.training.update(steps={name: t.step for name, t in self.trainings.items()}, processes=self.world)
+        info = calibrate(hgr, self.recording, self.args.false_positive_rate, self.device)
+        steps = {name: training.step for name, training in self.trainer.trainings.items()}
+        info.training.update(steps=steps, processes=self.world)
         save_hgr(self.args.out, hgr)
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "losses.json").write_text(json.dumps(self.losses) + "\n", encoding="utf-8")
 
 
 def load_model(args: argparse.Namespace, device: torch.device, recording: Recording) -> PredictWith:
     """The frozen denoiser for a device: of a checkpoint, or what MODULE:FUNCTION gives."""
     if args.model:
-        module, _, function = args.model.partition(":")
-        return getattr(importlib.import_module(module), function)(device)
+        return resolve_name(args.model)(device)
     try:
-        return host_model().frozen(device, args.comfyui, args.checkpoint, recording, args.batch)
+        return cli_model().frozen(device, args.comfyui, args.checkpoint, recording, args.batch)
     except ValueError as error:
         raise HGRError(str(error)) from error
 
 
-def host_model():
+def cli_model() -> ModuleType:
     """The one file outside this package that is needed for --comfyui, loaded by its path. Raises HGRError when it is not there."""
-    if not HOST_MODEL.is_file():
-        raise HGRError(f"--comfyui needs the whole pack, but there is no {HOST_MODEL}. Run this in its folder, or use --model.")
-    spec = importlib.util.spec_from_file_location("safecfg_host_model", HOST_MODEL)
+    if not CLI_MODEL.is_file():
+        raise HGRError(f"--comfyui needs the whole pack, but there is no {CLI_MODEL}. Run this in its folder, or use --model.")
+    spec = importlib.util.spec_from_file_location("safecfg_cli_model", CLI_MODEL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,22 +1,38 @@
 """Training of the condition redirector: by back-propagation through the frozen denoiser."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import losses
-from .augmentation import averaged, chunked, weighted
+from .augmentation import MAX_CHUNKS, averaged, chunked, weighted
 from .hgr import HGR
 from .recording import Points, Prompts
 from .shards import HARMFUL, Recording, Texts
-from .training import StepReport, Training, accuracies, disguise, on_device
+from .training import StepReport, Training, accuracies, disguise, on_device, thinned
 
 READ_BATCH = 64  # prompts of each kind per step, for the reading of prompts
 JOINED = 16  # of which so many are read again among others, and mixed
 READ_TOKENS = 64 * 4 * 77  # of a batch to read: fewer prompts where they are long
 UNIT_TOKENS = 1024  # of every batch that the units are measured on
+WIDE = 1024  # from twice this token width on, a batch to read has fewer prompts
 WEIGHTED = 0.25  # the share with weights
+THINNED = 0.2  # of the channels of prompts to read
+START = -3.0  # log odds of every category before the first step: nearly all prompts show none of them
+RECOMPUTED = (
+    2048  # the token width from which what a backward pass needs of a part is computed again: memory for a third more time
+)
+
+
+def recomputed(function: Callable, width: int, *arguments: Any) -> Any:
+    """`function(*arguments)`; for tokens of RECOMPUTED channels and more nothing inside it is kept for the backward pass."""
+    if width < RECOMPUTED or not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class ConditionObjective(nn.Module):
@@ -29,17 +45,23 @@ class ConditionObjective(nn.Module):
     def forward(
         self, predict: losses.PredictWith, points: Points, prompts: Prompts, texts: list[Texts], clean: Texts, alarm: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Error per point (B,), cross-entropy of the reading, the quiet loss, and the logits of all texts."""
+        """Error per point (B,), cross-entropy of the reading, the loss of false alarms, and the logits of all texts."""
         error = losses.condition_error(self.network, predict, points, prompts)
         read, logits = self.reading(texts)
-        quiet = losses.quiet_loss(self.network, clean.tokens, alarm, clean.pooled, clean.mask)
-        return error, read, quiet, logits
+        return error, read, self.quiet(clean, alarm), logits
+
+    def quiet(self, clean: Texts, alarm: Tensor) -> Tensor:
+        """The loss of false alarms on clean prompts, for weights (B, K) of false alarms."""
+        rows = clean.tokens, alarm, clean.pooled, clean.mask
+        return recomputed(losses.quiet_loss, clean.tokens.shape[-1], self.network, *rows)
 
     def reading(self, texts: list[Texts]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the reading of all texts, and their logits (N, K)."""
-        reads = [losses.prompt_loss(self.network, t.tokens, t.harms, t.pooled, t.mask) for t in texts]
+        reads = [
+            recomputed(losses.prompt_loss, t.tokens.shape[-1], self.network, t.tokens, t.harms, t.pooled, t.mask) for t in texts
+        ]
         loss = sum(loss * len(t) for (loss, _), t in zip(reads, texts, strict=True)) / sum(map(len, texts))
-        return loss, torch.cat([logits.detach() for _, logits in reads])
+        return torch.as_tensor(loss), torch.cat([logits.detach() for _, logits in reads])
 
 
 class ConditionTraining(Training):
@@ -51,23 +73,25 @@ class ConditionTraining(Training):
         self.batch = batch
 
     def measure(self, recording: Recording) -> None:
-        """Sets the network's units from a sample of the recorded prompts."""
+        """Sets a new network's units from a sample of the recorded prompts; its reading begins at harmless."""
         generator = torch.Generator().manual_seed(0)
         tokens, pooled = [], []
+        count = READ_BATCH // max(1, self.network.config.token_width // WIDE)
         for harmful in (False, True) * 8:
-            texts = recording.draw_texts(harmful, READ_BATCH, generator)
+            texts = recording.draw_texts(harmful, count, generator)
             present = texts.tokens.flatten(0, 1) if texts.mask is None else texts.tokens[texts.mask.bool()]
             tokens.append(present[torch.randint(len(present), (UNIT_TOKENS,), generator=generator)])
             pooled += [] if texts.pooled is None else [texts.pooled]
-        flat, pooled = torch.cat(tokens)[None], torch.cat(pooled) if pooled else None
+        flat, vectors = torch.cat(tokens)[None], torch.cat(pooled) if pooled else None
         for network in (self.network, self.mean.module):
-            network.measure(flat.to(self.device), None if pooled is None else pooled.to(self.device))
+            network.measure(flat.to(self.device), None if vectors is None else vectors.to(self.device))
+            nn.init.constant_(network.read_head.bias, START)
 
     def train_step(self, recording: Recording, predict: losses.PredictWith) -> StepReport:
         """One step. `predict` runs the frozen denoiser and carries gradients to the tokens."""
         points, prompts = on_device(recording.draw(HARMFUL, self.batch, self.generator), self.device)
         texts = self._texts(recording)
-        clean = _bounded(on_device(recording.draw_texts(False, 32, self.generator), self.device))
+        clean = bounded(on_device(recording.draw_texts(False, 32, self.generator), self.device))
         alarm = self.random(len(clean), prompts.harms.shape[1]).round()  # a false alarm should change little
         error, read, quiet, logits = self.objective(predict, points, prompts, texts, clean, alarm)
         loss = losses.capped(error, 5.0) + 0.3 * read + 0.1 * quiet
@@ -84,13 +108,26 @@ class ConditionTraining(Training):
 
     def _texts(self, recording: Recording) -> list[Texts]:
         """Clean and harmful prompts to read, as users write them: weighted, in chunks, joined and averaged; some disguised."""
-        clean, harmful = (on_device(recording.draw_texts(h, READ_BATCH, self.generator), self.device) for h in (False, True))
-        clean, harmful = (replace(t, tokens=weighted(t, WEIGHTED, self.generator)) for t in map(_bounded, (clean, harmful)))
-        few = harmful[:JOINED]
-        parts = [clean, harmful, *chunked(clean, few, self.generator), *averaged(clean[:JOINED], few, self.generator)]
-        return [replace(t, tokens=disguise(t.tokens, self.network.units(t.tokens)[1], 0.4, self.generator)) for t in parts]
+        count = max(JOINED, READ_BATCH // max(1, self.network.config.token_width // WIDE))  # wide tokens take much memory
+        clean, harmful = (on_device(recording.draw_texts(h, count, self.generator), self.device) for h in (False, True))
+        clean, harmful = (replace(t, tokens=weighted(t, WEIGHTED, self.generator)) for t in map(bounded, (clean, harmful)))
+        few = bounded(harmful[:JOINED], MAX_CHUNKS)
+        parts = [clean, harmful, *chunked(clean, few, self.generator), *averaged(clean[: len(few)], few, self.generator)]
+        del clean, harmful, few  # so that what is disguised already is not held twice
+        return [self.roughened(parts.pop(0)) for _ in range(len(parts))]
+
+    def roughened(self, texts: Texts) -> Texts:
+        """Prompts to read, some of them disguised and all without some of their channels: words that no pair has must be read, too."""
+        center, scale = self.network.units(texts.tokens)
+        tokens = disguise(texts.tokens, scale, 0.4, self.generator)
+        return replace(texts, tokens=thinned(tokens, center.to(tokens), THINNED, self.generator))
 
 
-def _bounded(texts: Texts) -> Texts:
-    """As many of some prompts as memory and time allow: attention costs the square of their length."""
-    return texts[: max(1, READ_TOKENS // texts.tokens.shape[1])]
+def bounded(texts: Texts, chunks: int = 1) -> Texts:
+    """As many of some prompts as memory and time allow, of which `chunks` are joined: attention costs the square of their length."""
+    return texts[: most_to_read(chunks * texts.tokens.shape[1], texts.tokens.shape[2])]
+
+
+def most_to_read(length: int, width: int) -> int:
+    """How many prompts of so many tokens, so wide, are read at once."""
+    return max(1, READ_TOKENS // length // max(1, width // WIDE))

@@ -1,6 +1,7 @@
 """Training of the guidance redirector: on recorded tensors alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class GuidanceObjective(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return losses.guidance_losses(self.network, *arguments)
 
 
@@ -43,7 +44,7 @@ class GuidanceTraining(Training):
             raise HGRError("The recording has no harmful and clean runs of the same latent size. Record both.")
         shape = shapes[int(torch.randint(len(shapes), (), generator=self.generator))]
         draw = lambda kind, count: on_device(recording.draw(kind, count, self.generator, shape), self.device)  # noqa: E731
-        rows, about, quiet = *draw(HARMFUL, HARMFUL_BATCH), draw(CLEAN, CLEAN_BATCH)[0]
+        (rows, about), (quiet, _) = draw(HARMFUL, HARMFUL_BATCH), draw(CLEAN, CLEAN_BATCH)
         alarm = self.random(PARTNER_BATCH + CLEAN_BATCH, about.harms.shape[1])
         batch, harms, weights = mixed(rows, about, quiet, alarm)
         has_direction = (self.random(len(batch)) > NO_DIRECTION).float()

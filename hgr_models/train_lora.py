@@ -17,14 +17,15 @@ from torch import Tensor
 
 from .hgr import HGR
 from .lora import LoRA
-from .lora_samples import Batch, Judgement, Pool, Samples, texts_of
+from .lora_samples import Batch, Judgement, Pool, Samples, lengths_of, texts_of
 from .losses import mean_square
 from .redirection import CategorySettings, redirect_condition, redirect_guidance
 from .shapes import per_row
 from .training import Training
 
-# (x, sigma (B,), tokens (B, T, D), pooled (B, P) or None, mask (B, T) or None) -> x0 prediction; carries gradients to a LoRA
-PredictFor = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+# (x, sigma (B,), tokens (B, T, D), pooled (B, P) or None, mask (B, T) or None[, lengths (B,)]) -> x0 prediction; carries
+# gradients to a LoRA. `lengths` only where prompts were padded
+PredictFor = Callable[..., Tensor]
 EMPTY_SHARE = 0.2  # of a batch: rows that get the empty prompt, so that the unconditional prediction stays
 CAP = 5.0  # of a sample's error: a few hopeless ones must not rule a step
 KEPT_WEIGHT = 4.0  # of rows that should stay as they are, beside those that the HGR turns
@@ -66,13 +67,15 @@ def safe_denoised(
     redirector that are in force since an earlier step of the runs. All on the device of `held`.
     """
     here = lambda t: None if t is None else t.to(held.device)  # noqa: E731
-    x, sigma, c_in, uncond = (here(getattr(samples, name)[rows].float()) for name in ("x", "sigma", "c_in", "uncond_denoised"))
+    columns = (samples.x, samples.sigma, samples.c_in, samples.uncond_denoised)
+    x, sigma, c_in, uncond = (here(column[rows].float()) for column in columns)
     tokens, pooled, mask = map(here, texts_of(samples, rows))
     by_prompt = torch.zeros_like(held)
     if hgr.condition is not None:
         turned = redirect_condition(hgr, tokens, pooled, settings, mask)
         tokens, pooled, by_prompt = turned.tokens, turned.pooled, turned.weights
-    own = predict(x, sigma, tokens, pooled, mask)
+    lengths = here(lengths_of(samples, rows))
+    own = predict(x, sigma, tokens, pooled, mask, *(() if lengths is None else (lengths,)))
     if hgr.guidance is None:
         return own, by_prompt, held
     x_in = x * per_row(c_in, x)
@@ -162,7 +165,8 @@ class LoraTraining(Training):
     @torch.no_grad()
     def measure(self, predict: PredictFor, batches: int = 4) -> Change:
         """What the LoRA changes now, on random rows; the same rows every time."""
-        generator, columns = torch.Generator().manual_seed(0), defaultdict(list)
+        generator = torch.Generator().manual_seed(0)
+        columns: dict[str, list] = defaultdict(list)
         for empty_share in (0.0, 1.0) * batches:
             batch = self.pool.draw(self.batch, generator, empty_share).to(self.device)
             with self.network.off():

@@ -7,6 +7,7 @@ never stopped.
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Averaged:
     """An exponential moving average of a module's parameters, with a warm-up of the decay."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999):
-        self.module, self.decay, self.count = copy.deepcopy(module).eval().requires_grad_(False), decay, 0
+        self.module, self.decay, self.count = copy.deepcopy(module).train(False).requires_grad_(False), decay, 0
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -47,6 +48,17 @@ def disguise(tokens: Tensor, scale: Tensor, share: float, generator: torch.Gener
     size = (0.5 * torch.rand(len(tokens), 1, 1, **like)).to(tokens) * scale.to(tokens)
     hit = (torch.rand(len(tokens), 1, 1, **like) < share).to(tokens.device)
     return torch.where(hit & (tokens != 0), tokens + size * torch.randn(tokens.shape, **like).to(tokens), tokens)
+
+
+def thinned(tokens: Tensor, center: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Tokens (B, T, D) with a `share` of the channels at their center, others in every row: a reading must not hang on a few.
+
+    `center`, (D,) or one per token (B, T, D), is what tokens have in common; the distance of the other channels from it grows by
+    1 / (1 - share), as in dropout. Zeros stay, as in `disguise`.
+    """
+    left = torch.rand(len(tokens), 1, tokens.shape[-1], generator=generator, device=generator.device) >= share
+    moved = center + (tokens - center) * left.to(tokens) / (1 - share)
+    return torch.where(tokens != 0, moved, tokens)
 
 
 class Training:
@@ -145,7 +157,7 @@ def accuracies(logits: Tensor, harms: Tensor) -> list[float]:
     return ((logits > 0) == (harms > 0.5)).float().mean(dim=0).tolist()
 
 
-def on_device(value, device: torch.device):
+def on_device(value: Any, device: torch.device) -> Any:
     """Points, Prompts, Texts, or a pair of them, on a device."""
     if isinstance(value, tuple):
         return tuple(on_device(v, device) for v in value)

@@ -8,7 +8,16 @@ from torch.testing import assert_close
 
 from helpers import small_hgr
 from hgr_models import CategorySettings, losses, redirect_condition, redirect_guidance
-from hgr_models.calibration import calibrated, joint_thresholds, only_shown, upper_bound
+from hgr_models.calibration import (
+    calibrated,
+    guidance_readings,
+    joint_thresholds,
+    needed,
+    only_shown,
+    proof_in_words,
+    run_maxima,
+    upper_bound,
+)
 from hgr_models.recording import Points, Prompts, record_runs
 
 HARM, SAFE, OTHER = torch.eye(16)[:3] * 4.0  # three words
@@ -71,6 +80,60 @@ def test_a_run_can_follow_the_hgr_in_training():
     points = toy_points(prompts, "policy", policy)
     assert seen == [5.0, 2.0, 0.5]
     assert_close(points.x[2:4], points.x[:2] + (points.x[:2] - points.uncond_denoised[:2]) / 5 * (2 - 5))
+
+
+def test_the_error_is_in_units_of_both_directions():
+    """By hand: directions 2 and 4 long, sigma 0: the size is (4 + 16) / 2 = 10; a prediction 5 beside the partner's is 25 / 10 off."""
+    hgr, prompts = small_hgr(zero=True), toy_prompts(1)
+    points, flat = toy_points(prompts)[:1], torch.ones(1, 4, 4, 4)
+    points = replace(points, uncond_denoised=0 * flat, cond_denoised=2 * flat, partner_denoised=4 * flat, sigma=torch.zeros(1))
+    error = losses.condition_error(hgr.condition, lambda *args: 9 * flat, points, prompts)
+    assert_close(error, torch.tensor([2.5]))
+    assert_close(losses.unredirected_error(points), torch.tensor([0.4]))  # 2^2 / 10
+
+
+def test_a_reading_is_asked_for_each_category_and_for_harm_at_all():
+    """By hand, logits 0, so that harm at all has odds of 2: a harmful prompt's other category counts a fifth."""
+    logits, two, three = torch.zeros(1, 2), torch.tensor(2.0).log(), torch.tensor(3.0).log()
+    clean, first = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    assert_close(losses.reading_loss(logits, clean), (2 * two + three) / 3)
+    assert_close(losses.reading_loss(logits, first), (1.2 * two + three - two) / 3)
+    alone, harms = torch.tensor([[1.5], [-2.0]]), torch.tensor([[0.0], [1.0]])
+    assert_close(losses.reading_loss(alone, harms), torch.nn.functional.binary_cross_entropy_with_logits(alone, harms))
+
+
+def test_the_model_is_asked_about_the_redirected_prompt():
+    hgr, prompts, asked = small_hgr(pooled_width=8), toy_prompts(2), []
+    prompts.pooled = torch.randn(2, 8)
+    points = toy_points(prompts)[:2]
+    losses.condition_error(hgr.condition, lambda *args: asked.append(args[2:]) or points.x, points, prompts)
+    d_tokens, d_pooled = hgr.condition.delta(prompts.tokens, prompts.pooled, prompts.removed)
+    assert d_tokens.abs().max() > 0.01 and d_pooled.abs().max() > 0.01
+    assert_close(asked[0][0], prompts.tokens + d_tokens)
+    assert_close(asked[0][1], prompts.pooled + d_pooled)
+
+
+def test_where_there_is_nothing_to_redirect_by_hand():
+    """Directions 2 and 4 long: (2 - 4)^2 / 2^2. And directions of 0 and 0.01 at sigma 1: 1e-4 / (1e-4 / 2 + 1e-4 / 2)."""
+    flat = torch.ones(1, 4, 4, 4)
+    points = replace(toy_points(toy_prompts(1))[:1], uncond_denoised=0 * flat, cond_denoised=2 * flat, partner_denoised=4 * flat)
+    assert_close(losses.unredirected_guidance_error(points), torch.tensor([1.0]))
+    points = replace(points, cond_denoised=0 * flat, partner_denoised=0.01 * flat, sigma=torch.ones(1))
+    assert_close(losses.unredirected_error(points), torch.tensor([1.0]))
+
+
+def test_mean_square_by_hand():
+    assert losses.mean_square(torch.tensor([[[1.0, 3.0]], [[0.0, 2.0]]])).tolist() == [5.0, 2.0]
+
+
+def test_a_point_at_a_level_belongs_to_the_noisier_side():
+    """`small_hgr` has one level, -2 ln sigma = 0: sigma 1 counts with sigma 2."""
+    hgr, prompts = small_hgr(), toy_prompts(1)
+    points = toy_points(prompts)[:3]
+    points = replace(points, sigma=torch.tensor([2.0, 1.0, 0.5]), prompt=torch.zeros(3, dtype=torch.long))
+    read = guidance_readings(hgr, points, torch.device("cpu"))
+    found = run_maxima(hgr, points, torch.device("cpu"))
+    assert_close(found, torch.stack([read[:2].amax(dim=0), read[2]])[None])
 
 
 def test_condition_redirector_learns_the_partner():
@@ -157,6 +220,37 @@ def test_the_margin_of_a_small_sample_ends_halfway_to_the_harmful():
     assert torch.equal(joint_thresholds(many, 0.002, 0.02, harmful), joint_thresholds(many, 0.002, 0.02))
     among = clean.flip(0)[:50]  # harmful readings that are no higher than clean ones say nothing
     assert torch.equal(joint_thresholds(clean, 0.002, 0.02, among), joint_thresholds(clean, 0.002, 0.02))
+
+
+@pytest.mark.parametrize("count", [40, 100, 250, 1000])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_stricter_rate_never_gives_a_lower_threshold(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.tensor([0.3, 1.0, 3.0])
+    clean = (torch.randn(count, 3, generator=generator).abs() * spread - 4).sigmoid()
+    harmful = (torch.randn(200, 3, generator=generator) + torch.tensor([-3.0, 2.0, 6.0])).sigmoid()
+    for known in (None, harmful):
+        thresholds = torch.stack([joint_thresholds(clean, rate, 1e-6, known) for rate in (0.2, 0.05, 0.02, 0.01, 0.004, 1e-4)])
+        assert (thresholds.diff(dim=0) >= 0).all()
+        assert not (clean > thresholds[-1]).any()
+
+
+def test_a_category_with_a_long_tail_spends_its_own_part_of_the_false_alarms():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(4000, 4, generator=generator) - 4
+    clean[:, 0] = clean[:, 0].exp() - 4  # a few readings are very high
+    flagged = (clean.sigmoid() > joint_thresholds(clean.sigmoid(), 0.01, 1e-6)).float().sum(dim=0)
+    assert flagged.sum() == pytest.approx(40, abs=2) and flagged[0] <= 20 and flagged[1:].min() >= 5
+
+
+def test_what_a_calibration_proves_in_words():
+    assert needed(0.01) == 268 and upper_bound(0, 268) <= 0.01 < upper_bound(0, 266)
+    few = {"rate": 0.01, "clean_prompts": 100, "upper_bound_prompts": upper_bound(0, 100)}
+    assert proof_in_words(few) == [
+        "100 clean prompts: with 95 % confidence at most 2.6 % are flagged; too few to prove 1 %, which takes 268"
+    ]
+    many = {"rate": 0.01, "clean_prompts": 2000, "upper_bound_prompts": upper_bound(20, 2000)}
+    assert proof_in_words(many) == ["2000 clean prompts: with 95 % confidence at most 1.4 % are flagged"]
 
 
 def test_only_what_a_harmful_sample_shows_counts():

@@ -58,6 +58,14 @@ def test_a_new_lora_changes_nothing_and_learns_everywhere(net):
     assert not any(p.grad is not None for p in net.parameters())
 
 
+def test_an_adapter_starts_as_torch_s_own_layers_do():
+    """`down` is uniform up to 1 / sqrt(inputs): here 1 / 8."""
+    lora = new_lora(nn.Sequential(nn.Linear(64, 32)), LoraSettings(16, 2.0, "linear"), 0)
+    down = lora.adapters[0].down
+    assert down.shape == (16, 64) and 0.12 < down.abs().max() <= 0.125 and abs(float(down.mean())) < 0.01
+    assert LoraSettings() == LoraSettings(64, 64.0, "auto")  # as strong as it was trained
+
+
 def test_attached_off_and_detached(net):
     lora, plain = trained(net), net(X)
     with lora.attached(net):

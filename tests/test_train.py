@@ -15,6 +15,7 @@ from hgr_models.detection import LEVELS
 from hgr_models.recording import record_runs
 from hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, PICTURES, Texts, write_runs, write_texts
 from hgr_models.train import Command, arguments
+from hgr_models.trainer import Trainer
 from hgr_models.training_state import read_about
 from test_training import c_in, predict, toy_prompts
 
@@ -67,9 +68,9 @@ def test_both_networks_from_shards(shards, tmp_path):
 def test_stopped_and_started_again_it_goes_on(shards, tmp_path, monkeypatch):
     through = run(shards, tmp_path / "a.safetensors")
     with monkeypatch.context() as patch:
-        step = Command._save
+        step = Trainer.save
         patch.setattr("hgr_models.train.SAVE_EVERY", -1.0)  # saves at every step
-        patch.setattr(Command, "_save", lambda self: (step(self), self.trainings["guidance"].step == 9 and exec_stop())[0])
+        patch.setattr(Trainer, "save", lambda self: (step(self), self.trainings["guidance"].step == 9 and exec_stop())[0])
         with pytest.raises(KeyboardInterrupt):
             run(shards, tmp_path / "b.safetensors")
     stopped = run(shards, tmp_path / "b.safetensors")
@@ -77,16 +78,30 @@ def test_stopped_and_started_again_it_goes_on(shards, tmp_path, monkeypatch):
     assert all(torch.equal(a[k], b[k]) for k in a) and len(losses_of(tmp_path / "b.safetensors")["guidance"]) == 24
 
 
+def test_stopped_in_the_second_part_it_keeps_the_first(shards, tmp_path, monkeypatch):
+    options = ("--model", "test_train:frozen", "--condition-steps", "4", "--batch", "4")
+    through = run(shards, tmp_path / "a.safetensors", *options)
+    with monkeypatch.context() as patch:
+        save = Trainer.save
+        patch.setattr("hgr_models.train.SAVE_EVERY", -1.0)
+        patch.setattr(Trainer, "save", lambda self: (save(self), "guidance" in self.trainings and exec_stop())[0])
+        with pytest.raises(KeyboardInterrupt):
+            run(shards, tmp_path / "b.safetensors", *options)
+    stopped = run(shards, tmp_path / "b.safetensors", *options)
+    a, b = through.state_dict(), stopped.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_a_killed_process_loses_what_came_after_the_last_state(shards, tmp_path):
     """kill -9 in the middle: the same command goes on, and ends as if nothing had happened."""
     through = run(shards, tmp_path / "a.safetensors")
     script = (
         "import os, signal, hgr_models.train as t\n"
-        "t.SAVE_EVERY, save = -1.0, t.Command._save\n"
+        "t.SAVE_EVERY, save = -1.0, t.Trainer.save\n"
         "def saving(self):\n"
         "    if self.trainings['guidance'].step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    save(self)\n"
-        "t.Command._save = saving\n"
+        "t.Trainer.save = saving\n"
         "t.main()\n"
     )
     command = [sys.executable, "-c", script, str(shards), "--out", str(tmp_path / "b.safetensors"), "--guidance-steps", "24"]

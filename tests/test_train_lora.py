@@ -83,7 +83,7 @@ def test_no_argument_could_carry_a_label():
     assert list(inspect.signature(LoraTraining).parameters) == ["hgr", "lora", "settings", "steps", "seed", "batch", "rate"]
     assert list(inspect.signature(LoraTraining.add).parameters) == ["self", "samples", "predict"]
     assert list(inspect.signature(LoraTraining.train_step).parameters) == ["self", "predict"]
-    assert list(Samples.__dataclass_fields__) == ["x", "sigma", "c_in", "uncond_denoised", "tokens", "pooled", "mask"]
+    assert list(Samples.__dataclass_fields__) == ["x", "sigma", "c_in", "uncond_denoised", "tokens", "pooled", "mask", "lengths"]
 
 
 def test_the_hgr_judges_prompts_and_runs(net):

@@ -7,11 +7,14 @@ from safetensors.torch import load_file, save_file
 from helpers import small_hgr
 from hgr_models import HGRError
 from hgr_models.calibration import calibrated, harmful_readings
-from hgr_models.recording import Prompts, record_runs
+from hgr_models.recording import Points, Prompts, record_runs
 from hgr_models.shards import CLEAN, HARMFUL, Recording, Texts, read_shard, write_runs, write_texts
 from hgr_models.train_condition import ConditionTraining
-from hgr_models.train_guidance import GuidanceTraining
-from hgr_models.training import disguise, learning_rate
+from hgr_models.train_guidance import GuidanceTraining, mixed
+from hgr_models.training import Training, disguise, learning_rate, thinned
+
+LATENTS = ("x", "uncond_denoised", "cond_denoised", "partner_denoised")
+FIELDS = (*LATENTS[:1], "sigma", "c_in", *LATENTS[1:], "shown", "prompt")  # of Points, in their order
 
 HARM, SAFE, OTHER, NEW = torch.eye(16)[:4] * 4.0  # four words
 
@@ -126,7 +129,7 @@ def test_training_learns_and_resumes_to_the_last_bit(tmp_path, kind):
         a, b = (dict(eval_path(t, network).state_dict()) for t in (through, resumed))
         assert all(torch.equal(a[k], b[k]) for k in a)
     first, last = reports[0], reports[-1]
-    assert last.error < 0.7 * first.error and last.accuracy[0] > 0.9 and first.before > 0.3
+    assert last.error < 0.7 * first.error and last.accuracy[0] > 0.85 and first.before > 0.3
     model = (predict_with,) if kind is ConditionTraining else ()
     assert through.error_on(Recording.open(tmp_path), *model) < 0.7 * first.error
 
@@ -198,6 +201,38 @@ def test_recordings_without_common_latent_sizes_are_refused(tmp_path):
         trained(tmp_path, GuidanceTraining, 1, 10)
 
 
+def test_rows_come_from_every_shard_alike(tmp_path):
+    """Shards of 1, 5 and 2 texts, each text a number of its own: all eight are drawn, about equally often."""
+    start = 1
+    for name, size in (("a", 1), ("b", 5), ("c", 2)):
+        values = torch.arange(start, start + size).float()
+        texts = Texts(values.view(-1, 1, 1).expand(-1, 3, 4).clone(), None, None, torch.ones(size, 1))
+        write_texts(tmp_path / f"{name}.safetensors", texts, {})
+        start += size
+    drawn = Recording.open(tmp_path).draw_texts(True, 1600, torch.Generator().manual_seed(0)).tokens[:, 0, 0].int()
+    counts = drawn.bincount(minlength=9)
+    assert counts[0] == 0 and counts[1:].min() > 150 and counts[1:].max() < 250
+
+
+def test_finish_puts_the_averaged_weights_into_the_network():
+    training = Training(torch.nn.Linear(2, 1), steps=1, rate=0.1, decay=0.9, seed=0)
+    torch.nn.init.constant_(training.mean.module.weight, 7.0)
+    training.finish()
+    assert training.network.weight.tolist() == [[7.0, 7.0]]
+
+
+def test_false_alarms_are_drawn_for_what_is_not_harmful():
+    """The first prompt has both harms, and its partner still has the second: no alarm is drawn for that one."""
+    points = Points(*(torch.zeros(2, 4, 2, 2) if name in LATENTS else torch.zeros(2) for name in FIELDS))
+    prompts = toy_prompts(2)
+    prompts.harms, prompts.removed = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    points.cond_denoised, points.partner_denoised = torch.ones(2, 4, 2, 2), torch.full((2, 4, 2, 2), 3.0)
+    batch, harms, weights = mixed(points, prompts, points[:1], torch.tensor([[0.9, 0.9], [0.2, 0.8]]))
+    assert batch.cond_denoised[:, 0, 0, 0].tolist() == [1.0, 1.0, 3.0, 1.0]  # two prompts, a partner, a clean one
+    assert harms.tolist() == [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    assert weights.tolist() == [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+
+
 def test_disguise_perturbs_a_share_in_units_per_channel():
     tokens, scale = torch.ones(4000, 2, 3), torch.tensor([0.0, 1.0, 10.0])
     tokens[:, 1, 2] = 0.0  # padding stays
@@ -207,6 +242,18 @@ def test_disguise_perturbs_a_share_in_units_per_channel():
     hit = moved.flatten(1).any(dim=1)
     assert 0.2 < hit.float().mean() < 0.3 and not moved[..., 0].any()
     assert moved[hit][..., 2].std() / moved[hit][..., 1].std() == pytest.approx(10, rel=0.2)
+
+
+def test_thinned_tokens_lack_a_share_of_the_channels_the_same_in_every_token():
+    tokens = 5 + torch.randn(400, 3, 50, generator=torch.Generator().manual_seed(1))
+    tokens[:, 2] = 0.0  # padding stays
+    thin = thinned(tokens, torch.full((50,), 5.0), 0.2, torch.Generator().manual_seed(0))
+    gone = thin[:, 0] == 5
+    assert 0.18 < gone.float().mean() < 0.22 and torch.equal(gone, thin[:, 1] == 5) and not thin[:, 2].any()
+    torch.testing.assert_close(
+        thin[:, :2][~gone[:, None].expand(-1, 2, -1)] - 5, (tokens[:, :2] - 5)[~gone[:, None].expand(-1, 2, -1)] / 0.8
+    )
+    assert gone.any(dim=0).all() and not gone.all(dim=0).any()  # other ones in every row
 
 
 def test_learning_rate_warms_up_and_decays():
