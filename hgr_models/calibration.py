@@ -1,5 +1,6 @@
 """Thresholds per picture: how harmful do clean prompts and clean runs look at most?"""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -8,12 +9,14 @@ from torch import Tensor
 from .detection import Seen, detect, prompt_scores
 from .hgr import HGR, HGRInfo
 from .recording import Points
-from .redirection import log_snr_of, read_guidance
+from .redirection import log_snr_of, noise_level, read_guidance
 from .shapes import per_row
 from .shards import HARMFUL, Recording, Texts
 
 HARMFUL_TEXTS = 512  # that are read to know how far harmful prompts are
+AT_ONCE = 2**25  # values of tokens that are read at once; reading takes some copies of them
 TAIL = 0.1  # of the clean samples: the part whose shape says how rare a high reading is
+DEEP = 10  # the rank at which that shape is measured
 MISSED = 0.05  # of the harmful readings: those below are not what a margin is measured to
 CONDITION_SHARE = 0.5  # of the false positives: harm that no training showed is found by its prompt or not at all
 
@@ -22,24 +25,38 @@ def joint_thresholds(clean: Tensor, rate: float, lowest: float, harmful: Tensor 
     """Thresholds (*cells) such that about `rate` of the clean samples (N, *cells), in [0, 1], exceed any of them.
 
     A cell is a category, or a category at a noise level. In log odds every cell is measured in units of its own upper tail
-    (above the quantile 1 - TAIL, in mean excesses), which makes cells alike; then one quantile of the largest cell of each
-    sample serves them all. Thresholds per cell at rate / cells would be maxima of the sample: too high where a picture is
-    flagged in several cells at once, and no estimate of anything.
+    (above the quantile 1 - TAIL), which makes cells alike; then one quantile of the largest cell of each sample serves them
+    all. Thresholds per cell at rate / cells would be maxima of the sample: too high where a picture is flagged in several
+    cells at once, and no estimate of anything.
 
-    A sample that is too small to show so rare a reading gets a margin above its maximum: one mean excess, but no more than
-    half of the way to the `harmful` readings (M, *cells), which are NaN where a sample does not show the cell's harm.
+    A sample that is too small to show so rare a reading gets a margin above its maximum: one unit, but no more than half of
+    the way to the `harmful` readings (M, *cells), which are NaN where a sample does not show the cell's harm. A lower rate
+    never gives a lower threshold.
     """
     logits = torch.logit(clean.double(), eps=1e-9)
-    start = logits.quantile(1 - TAIL, dim=0)
-    excess = (logits - start).clamp(min=0).sum(dim=0) / (logits > start).sum(dim=0).clamp(min=1)
-    unit = excess.clamp(min=0.05)  # a cell that is the same everywhere has no tail
-    largest = ((logits - start) / unit).flatten(1).amax(dim=1)
+    start, unit = _tail(logits)
+    largest = ((logits - start) / unit).flatten(1).amax(dim=1).sort(descending=True).values
     allowed = int(rate * len(clean))
-    at = largest.sort(descending=True).values[allowed]
-    thresholds = start + at * unit
+    thresholds = start + largest[allowed] * unit
     if allowed == 0:
-        thresholds = _with_margin(logits.amax(dim=0), thresholds + unit, harmful)
+        shown = start + largest[min(1, len(clean) - 1)] * unit  # by a rate that the sample does show
+        thresholds = torch.maximum(shown, _with_margin(logits.amax(dim=0), thresholds + unit, harmful))
     return thresholds.sigmoid().clamp(lowest, 1 - 1e-6).float()
+
+
+def _tail(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the upper tail of readings (N, *cells) begins, and its unit: the excess that e times fewer samples reach.
+
+    The unit is measured at the tenth highest sample, so that cells with long tails get no more than their part of the false
+    alarms; from a sample too small for that it is the mean excess.
+    """
+    start = logits.quantile(1 - TAIL, dim=0)
+    deep = TAIL * len(logits) / DEEP
+    if deep > math.e:
+        unit = (logits.sort(dim=0, descending=True).values[DEEP - 1] - start) / math.log(deep)
+    else:
+        unit = (logits - start).clamp(min=0).sum(dim=0) / (logits > start).sum(dim=0).clamp(min=1)
+    return start, unit.clamp(min=0.05)  # a cell that is the same everywhere has no tail
 
 
 def _with_margin(highest: Tensor, thresholds: Tensor, harmful: Tensor | None) -> Tensor:
@@ -48,6 +65,27 @@ def _with_margin(highest: Tensor, thresholds: Tensor, harmful: Tensor | None) ->
         return thresholds
     low = torch.logit(harmful.double(), eps=1e-9).nanquantile(MISSED, dim=0)
     return torch.where(low > highest, torch.minimum(thresholds, (highest + low) / 2), thresholds)
+
+
+def needed(rate: float) -> int:
+    """How many clean samples without an alarm it takes to prove, with 95 % confidence, that no more than `rate` are flagged."""
+    return math.ceil(2.706 * (1 - rate) / rate)  # Wilson's bound of 0 in n is z^2 / (n + z^2)
+
+
+def proof_in_words(proof: dict) -> list[str]:
+    """What a calibration proves about clean prompts and runs, one line each; it says where they are too few for the rate."""
+    rate, lines = proof["rate"], []
+    for what in ("prompts", "runs", "pictures"):
+        if f"clean_{what}" not in proof:
+            continue
+        count, bound, asked = proof[f"clean_{what}"], proof[f"upper_bound_{what}"], rate
+        if what == "pictures":
+            asked = proof["picture_rate"]
+        line = f"{count} clean {what}: with 95 % confidence at most {100 * bound:.2g} % are flagged"
+        if bound > 1.5 * asked and count < needed(asked):
+            line += f"; too few to prove {100 * asked:.2g} %, which takes {needed(asked)}"
+        lines.append(line)
+    return lines
 
 
 def only_shown(readings: Tensor, harms: Tensor) -> Tensor:
@@ -60,8 +98,8 @@ def harmful_readings(hgr: HGR, recording: Recording, device: torch.device) -> tu
     """`only_shown` of what the networks read in a recording's harmful prompts (N, K) and runs (M, L, K); None without the network."""
     p = b = None
     if hgr.condition is not None:
-        texts = recording.draw_texts(True, HARMFUL_TEXTS, torch.Generator().manual_seed(0))
-        p = only_shown(prompt_readings(hgr, texts, device), texts.harms)
+        parts = recording.draw_texts_in_parts(True, HARMFUL_TEXTS, torch.Generator().manual_seed(0))
+        p = torch.cat([only_shown(prompt_readings(hgr, texts, device), texts.harms) for texts in parts])
     if hgr.guidance is not None:
         shards = recording.of_kind(HARMFUL)
         b = torch.cat([only_shown(run_maxima(hgr, s.runs(), device), s.prompts().harms) for s in shards])
@@ -70,9 +108,14 @@ def harmful_readings(hgr: HGR, recording: Recording, device: torch.device) -> tu
 
 @torch.no_grad()
 def prompt_readings(hgr: HGR, texts: Texts, device: torch.device) -> Tensor:
-    """`p` of encoded prompts, (N, K), on the CPU."""
-    rows = (None if t is None else t.to(device) for t in (texts.tokens, texts.pooled, texts.mask))
-    return hgr.condition.harmfulness(*rows).cpu()
+    """`p` of encoded prompts, (N, K), on the CPU; few at a time where they are long and wide."""
+    found = []
+    for rows in torch.arange(len(texts)).split(max(1, AT_ONCE // texts.tokens[0].numel())):
+        some = texts[rows]
+        found.append(
+            hgr.condition.harmfulness(*(None if t is None else t.to(device) for t in (some.tokens, some.pooled, some.mask)))
+        )
+    return torch.cat(found).cpu()
 
 
 @torch.no_grad()
@@ -85,7 +128,7 @@ def run_maxima(hgr: HGR, points: Points, device: torch.device, batch: int = 64) 
     runs = torch.zeros(int(points.prompt.max()) + 1, len(levels) + 1, k)
     for rows in torch.arange(len(points)).split(batch):
         some = points[rows]
-        cells = some.prompt.cpu() * (len(levels) + 1) + torch.bucketize(log_snr_of(some.sigma).cpu(), levels)
+        cells = some.prompt.cpu() * (len(levels) + 1) + noise_level(log_snr_of(some.sigma).cpu(), levels)
         b = guidance_readings(hgr, some, device)
         runs.view(-1, k).scatter_reduce_(0, cells[:, None].expand_as(b), b, "amax")
     return runs
