@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from .errors import HGRError
 from .files import write_whole
 from .guidance import GuidanceConfig
 from .hgr import HGR, HGRInfo
+from .metadata import is_file, json_object
 
 FORMAT_VERSION = 1
 KEY = "safecfg_hgr"  # of the metadata entry
@@ -40,7 +42,7 @@ def save_hgr(path: str | os.PathLike, hgr: HGR, dtype: torch.dtype = torch.float
     write_whole(path, tensors, {KEY: json.dumps(about)})
 
 
-def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
+def load_hgr(path: str | os.PathLike, ops: Any = nn) -> HGR:
     """Reads and validates an HGR, frozen, on the CPU; `ops` gives the layer classes (torch.nn, or ComfyUI's casting ones).
 
     Raises HGRError, naming the file, when it does not exist, is not safetensors, is truncated, is no HGR of a format this
@@ -48,11 +50,7 @@ def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
     """
     path = Path(path)
     about, tensors = _read(path)
-    version = about.get("format_version")
-    if version != FORMAT_VERSION:
-        raise HGRError(
-            f"Expected HGR format version {FORMAT_VERSION} in {path}, but got {version!r}. Update SafeCFG, or train the HGR again."
-        )
+    _check_version(path, about)
     try:
         info = _info(about["info"])
         condition = ConditionConfig(**about["condition"]) if about["condition"] is not None else None
@@ -69,7 +67,26 @@ def load_hgr(path: str | os.PathLike, ops=nn) -> HGR:
     hgr = HGR(info, condition, guidance, ops)
     # fp32 while it is small: harmfulness near a threshold must not depend on the rounding of weights in use.
     hgr.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return hgr.eval().requires_grad_(False)
+    return hgr.train(False).requires_grad_(False)
+
+
+def read_info(path: str | os.PathLike) -> tuple[HGRInfo, tuple[str, ...]]:
+    """What an HGR's file says of itself, and which of "condition" and "guidance" it holds, without reading its weights.
+
+    Raises HGRError as `load_hgr` does for a file that is none.
+    """
+    path = Path(path)
+    about, _ = _read(path, weights=False)
+    _check_version(path, about)
+    try:
+        info = _info(about["info"])
+        networks = tuple(name for name in ("condition", "guidance") if about[name] is not None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise HGRError(
+            f"The metadata of {path} is not that of an HGR ({error}). Use a file made by SafeCFG Train HGR."
+        ) from error
+    info.validate(str(path))
+    return info, networks
 
 
 @cache
@@ -97,38 +114,29 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def _check_version(path: Path, about: dict) -> None:
+    version = about.get("format_version")
+    if version != FORMAT_VERSION:
+        raise HGRError(
+            f"Expected HGR format version {FORMAT_VERSION} in {path}, but got {version!r}. Update SafeCFG, or train the HGR again."
+        )
+
+
+def _read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata of a file, and its tensors."""
     if not is_file(path):
         raise HGRError(f"There is no HGR file {path}. Put the .safetensors file into models/hgr.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()} if KEY in metadata else {}  # noqa: SIM118 (not a mapping)
+            tensors = {k: file.get_tensor(k) for k in file.keys()} if weights and KEY in metadata else {}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise HGRError(f"{path} is not a complete safetensors file ({error}). Download or copy it again.") from error
     if KEY not in metadata:
         raise HGRError(
             f"Expected an HGR in {path}, but its metadata has no {KEY!r}: it is some other model. Use a file made by SafeCFG Train HGR."
         )
-    return _json(path, metadata[KEY]), tensors
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a plain file, under a name that can exist: reading a pipe would wait for ever."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _json(path: Path, text: str) -> dict:
-    try:
-        about = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise HGRError(f"The metadata of {path} is not JSON ({error}). Download or copy it again.") from error
-    if not isinstance(about, dict):
-        raise HGRError(f"The metadata of {path} is not that of an HGR (no object). Use a file made by SafeCFG Train HGR.")
-    return about
+    return json_object(metadata[KEY], path, "an HGR"), tensors
 
 
 def _info(values: dict) -> HGRInfo:

@@ -9,18 +9,18 @@ that know the same harm do not remove it twice. A sample that one network flags 
 that none flags is left alone. Cost: that of every HGR, and one more reading of the direction for each HGR but the first.
 """
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import HGRError
 from .guidance import Reading
-from .hgr import HGR, HGRInfo
-from .redirection import RMS_FLOOR
+from .hgr import HGR, HGRInfo, Redirectors
+from .redirection import RMS_FLOOR, noise_level
 from .shapes import per_row
 
 FAMILY = ("latent_format", "latent_channels", "latent_dimensions", "prediction", "token_width", "pooled_width")
@@ -28,17 +28,18 @@ NEVER = -1e4  # logit of a category that no network of this kind judges: its sig
 SEPARATORS = ",;=|\n"  # of lists of categories: no name may have them
 
 
-class CombinedHGR(HGR):
+class CombinedHGR(Redirectors):
     """Behaves as an HGR with the categories of all its parts, in their order; it has no file of its own."""
 
     def __init__(self, hgrs: Sequence[HGR], names: Sequence[str]):
-        nn.Module.__init__(self)
         info = combined_info([hgr.info for hgr in hgrs], names)
         counts = [len(hgr.info.categories) for hgr in hgrs]
         conditions, guidances = [hgr.condition for hgr in hgrs], [hgr.guidance for hgr in hgrs]
-        self.condition = CombinedCondition(conditions, counts) if any(n is not None for n in conditions) else None
-        self.guidance = CombinedGuidance(guidances, counts) if any(n is not None for n in guidances) else None
-        self.calibrate(info)
+        super().__init__(
+            info,
+            CombinedCondition(conditions, counts) if any(n is not None for n in conditions) else None,
+            CombinedGuidance(guidances, counts) if any(n is not None for n in guidances) else None,
+        )
 
 
 class Parts(nn.Module):
@@ -54,7 +55,7 @@ class Parts(nn.Module):
         self.categories = sum(counts)
 
     @property
-    def config(self):
+    def config(self) -> Any:
         """Only a network of one checkpoint has one."""
         raise HGRError("Combined HGRs cannot be saved as one file. Save or recalibrate each of them, and combine them again.")
 
@@ -65,7 +66,7 @@ class Parts(nn.Module):
             whole[:, columns] = part
         return whole
 
-    def weighted(self, weights: Tensor):
+    def weighted(self, weights: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Every network with its category weights (B, K_i) and which samples (B,) it flagged."""
         for network, columns in zip(self.networks, self.columns, strict=True):
             yield network, weights[:, columns], (weights[:, columns] > 0).any(dim=1)
@@ -82,9 +83,7 @@ class CombinedCondition(Parts):
         self, tokens: Tensor, pooled: Tensor | None, weights: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The sum of all deltas: (B, T, D) of the tokens and (B, P) of the pooled vector, float32."""
-        changes: list[Tensor | None] = [
-            torch.zeros_like(t, dtype=torch.float32) if t is not None else None for t in (tokens, pooled)
-        ]
+        changes: list = [torch.zeros_like(t, dtype=torch.float32) if t is not None else None for t in (tokens, pooled)]
         for network, own, flagged in self.weighted(weights):
             now = [t if t is None else t + change.to(t.dtype) for t, change in zip((tokens, pooled), changes, strict=True)]
             found = network.delta(*now, own, mask)
@@ -112,10 +111,11 @@ class CombinedGuidance(Parts):
         """Reads a direction of unit rms with every network."""
         inputs = (direction, x_in, uncond_denoised, log_snr, log_norm)
         found = [network.read(*inputs) for network in self.networks]
-        names = ("direction_logits", "picture_logits", "places", "picture_places")
-        joined = [self.spread([getattr(reading, name) for reading in found], NEVER) for name in names]
+        columns = zip(*((r.direction_logits, r.picture_logits, r.places, r.picture_places) for r in found), strict=True)
         first = found[0]
-        return CombinedReading(*joined, first.features, first.embedding, first.size, first.frames, first, inputs)
+        b, q, places, picture_places = (self.spread(list(column), NEVER) for column in columns)
+        own = first.features, first.embedding, first.size, first.frames
+        return CombinedReading(b, q, places, picture_places, *own, first, inputs)
 
     def correct(self, reading: CombinedReading, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Attenuation (B, 1, *spatial) and residual (B, C, *spatial), float32, of all flagged networks together."""
@@ -146,24 +146,26 @@ def combined_info(infos: Sequence[HGRInfo], names: Sequence[str]) -> HGRInfo:
     """
     if len(infos) < 2:
         raise HGRError(f"Expected at least two HGRs to combine, but got {len(infos)}.")
+    family = {what: vars(infos[0])[what] for what in FAMILY}
     for info, name in zip(infos, names, strict=True):
-        for what in FAMILY:
-            if getattr(info, what) != getattr(infos[0], what):
+        for what, expected in family.items():
+            if (got := vars(info)[what]) != expected:
                 raise HGRError(
-                    f"Expected HGRs of one family, but {names[0]} has {what} {getattr(infos[0], what)} and {name} has "
-                    f"{getattr(info, what)}. Combine HGRs that were trained for the same family of models."
+                    f"Expected HGRs of one family, but {names[0]} has {what} {expected} and {name} has {got}. "
+                    "Combine HGRs that were trained for the same family of models."
                 )
     renamed = _category_names(infos, names)
     levels = sorted({level for info in infos for level in info.guidance_levels})
     rows = tuple(tuple(t for info in infos for t in _thresholds_below(info, end)) for end in (*levels, float("inf")))
     pictures = [info.picture_thresholds for info in infos]
     bases = dict.fromkeys(info.base for info in infos if info.base)
+    weakest = next((info.training["forward_check"] for info in infos if info.weak), None)
     return HGRInfo(
         categories=tuple(name for some in renamed for name in some),
         condition_thresholds=tuple(t for info in infos for t in info.condition_thresholds),
         guidance_levels=tuple(levels),
         guidance_thresholds=rows,
-        **{what: getattr(infos[0], what) for what in FAMILY},
+        **family,
         base=" + ".join(bases),  # of several bases: no model is all of them, so every model warns
         concept_prompts={
             new: info.concept_prompts[old]
@@ -171,7 +173,7 @@ def combined_info(infos: Sequence[HGRInfo], names: Sequence[str]) -> HGRInfo:
             for old, new in zip(info.categories, some, strict=True)
             if old in info.concept_prompts
         },
-        training={"combined": list(names)},
+        training={"combined": list(names), **({"forward_check": weakest} if weakest is not None else {})},
         picture_thresholds=tuple(t for row in pictures for t in row) if all(pictures) else (),
     )
 
@@ -179,7 +181,8 @@ def combined_info(infos: Sequence[HGRInfo], names: Sequence[str]) -> HGRInfo:
 def _category_names(infos: Sequence[HGRInfo], names: Sequence[str]) -> list[list[str]]:
     """The categories of every HGR; one that several have gets the HGR's name before it."""
     counts = Counter(category for info in infos for category in info.categories)
-    prefixes, seen = [], Counter()
+    prefixes: list[str] = []
+    seen: Counter[str] = Counter()
     for name in names:
         name = "".join("_" if c in SEPARATORS else c for c in name).strip() or "hgr"
         seen[name] += 1
@@ -192,4 +195,5 @@ def _category_names(infos: Sequence[HGRInfo], names: Sequence[str]) -> list[list
 
 def _thresholds_below(info: HGRInfo, end: float) -> tuple[float, ...]:
     """The guidance thresholds (K,) of the noise levels that end at -2 ln sigma = `end`."""
-    return info.guidance_thresholds[bisect_left(info.guidance_levels, end)]
+    exact = {"dtype": torch.float64}  # as in the file
+    return info.guidance_thresholds[noise_level(torch.tensor(end, **exact), torch.tensor(info.guidance_levels, **exact))]

@@ -9,12 +9,13 @@ This project's reading of arXiv 2412.16039; see `redirection.py` for the gate.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import start_at_zero
+from .layers import start_at_zero
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,22 @@ class ConditionConfig:
     short_width: int = 0  # channels that the tokens of a narrower encoder fill (`narrower_width`); 0: there is none
 
 
+CHANNELS = 512  # that units are measured of at once: a median copies what it looks at
+CLAMP = 20.0  # of tokens in units: an outlier must not rule what the network reads
+
+
+def presence_bias(mask: Tensor) -> Tensor:
+    """What attention adds to its logits for a mask (B, T): 0 where it is 1, -1e9 where it is 0, log m where it is m.
+
+    A mask of m lets one token stand for m equal ones, such as padding: a softmax cannot tell the difference.
+    """
+    return torch.where(mask > 0, mask.float().clamp(min=1e-9).log(), -1e9)
+
+
 class Layer(nn.Module):
     """Pre-norm transformer layer over (B, N, width); `absent` (B, 1, 1, N) is added to the attention's logits."""
 
-    def __init__(self, width: int, heads: int, ops):
+    def __init__(self, width: int, heads: int, ops: Any):
         super().__init__()
         self.heads = heads
         self.norm1, self.qkv, self.out = ops.LayerNorm(width), ops.Linear(width, 3 * width), ops.Linear(width, width)
@@ -46,12 +59,17 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+def _center_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    center = values.median(dim=0).values
+    spread = 1.4826 * (values - center).abs().median(dim=0).values
+    return center, torch.where(spread > 0, spread, values.std(dim=0, correction=0))  # mostly one value
+
+
 @torch.no_grad()
 def robust_units(values: Tensor) -> tuple[Tensor, Tensor]:
     """Center and scale (D,) of the channels of values (N, D): median and 1.48 median absolute deviations."""
-    center = values.float().median(dim=0).values
-    spread = 1.4826 * (values.float() - center).abs().median(dim=0).values
-    spread = torch.where(spread > 0, spread, values.float().std(dim=0, correction=0))  # mostly one value
+    parts = [_center_and_spread(some.float()) for some in values.split(CHANNELS, dim=1)]
+    center, spread = (torch.cat(column) for column in zip(*parts, strict=True))
     return center, spread.clamp(min=max(1e-4, 0.05 * spread.median().item()))
 
 
@@ -79,7 +97,14 @@ class ConditionRedirector(nn.Module):
     robust units per channel and encoder (`measure`), because outlier channels would otherwise drown the rest.
     """
 
-    def __init__(self, config: ConditionConfig, ops=nn):
+    token_center: Tensor  # buffers: (D,), (D,), (P,), (P,), (D,), (D,)
+    token_scale: Tensor
+    pooled_center: Tensor
+    pooled_scale: Tensor
+    short_center: Tensor
+    short_scale: Tensor
+
+    def __init__(self, config: ConditionConfig, ops: Any = nn):
         super().__init__()
         self.config = c = config
         sizes = {"token": c.token_width, "pooled": c.pooled_width, **({"short": c.token_width} if c.short_width else {})}
@@ -111,7 +136,7 @@ class ConditionRedirector(nn.Module):
         for name, values in samples.items():
             if values is not None and len(values):
                 for kind, unit in zip(("center", "scale"), robust_units(values), strict=True):
-                    buffer = getattr(self, f"{name}_{kind}")
+                    buffer = self.get_buffer(f"{name}_{kind}")
                     buffer.zero_()[: len(unit)].copy_(unit)
 
     def _short(self, tokens: Tensor) -> Tensor:
@@ -128,18 +153,21 @@ class ConditionRedirector(nn.Module):
         short_center, short_scale = self.short_center.to(tokens.device), self.short_scale.to(tokens.device)
         return torch.where(short, short_center, center), torch.where(short, short_scale, scale)
 
-    def _read(self, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None):
+    def _read(self, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features (B, N, width) of the present tokens and the pooled vector (last, if any), units z, attention bias."""
         center, scale = self.units(tokens)
-        z = in_units(tokens.float() - center, scale).clamp(-20, 20)  # fp32: deltas are small against outlier channels
+        z = in_units(tokens.float() - center, scale).clamp(-CLAMP, CLAMP)  # fp32: deltas are small against outlier channels
         h = self.token_in(z)
         present = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
         if self.pooled_in is not None and pooled is not None:
             center, scale = self.pooled_center.to(pooled.device), self.pooled_scale.to(pooled.device)
-            y = ((pooled.float() - center) / scale).clamp(-20, 20)
+            y = ((pooled.float() - center) / scale).clamp(-CLAMP, CLAMP)
             h = torch.cat([h, self.pooled_in(y)[:, None]], dim=1)
             present = F.pad(present, (0, 1), value=True)
-        absent = None if mask is None else torch.where(present, 0.0, -1e9)[:, None, None].to(h.dtype)
+        absent = None
+        if mask is not None:
+            bias = presence_bias(mask)
+            absent = F.pad(bias, (0, present.shape[1] - bias.shape[1]))[:, None, None].to(h.dtype)
         for layer in self.readers:
             h = layer(h, absent)
         return h, z, present, absent

@@ -11,11 +11,12 @@ only add to the alarm. `detect` is the one statistic that thresholds are calibra
 benchmark measures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import HGRError
 from .redirection import RMS_FLOOR, read_guidance
@@ -73,7 +74,9 @@ class Detection:
 
 
 @torch.no_grad()
-def detect(network, see: See, shape: Sequence[int], looks: Looks = Looks(), prompts: Tensor | None = None) -> Detection:
+def detect(
+    network: nn.Module, see: See, shape: Sequence[int], looks: Looks = Looks(), prompts: Tensor | None = None
+) -> Detection:
     """What a guidance redirector finds in latents of `shape` (B, C, *spatial), on its device; the same answer every time.
 
     `prompts` is the harmfulness (B, K) of the pictures' prompts (`prompt_scores`); it counts for a picture, not for a place.
@@ -113,12 +116,14 @@ def _check_finite(finite: Tensor) -> None:
         )
 
 
-def _read(network, seen: Seen):
+def _read(network: nn.Module, seen: Seen) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(view, logits (B, K), logits per place (B, K, h, w)) of one look; a row without a direction has only the view alone."""
     strongest = lambda places: places.amax(dim=2)  # noqa: E731 (over a video's frames)
     uncond = seen.uncond_denoised
     times = 1 if seen.cond_denoised is None else 2
-    cond = uncond if times == 1 else torch.cat([uncond, seen.cond_denoised])  # one call for both views: it is cheaper
+    cond = (
+        uncond if seen.cond_denoised is None else torch.cat([uncond, seen.cond_denoised])
+    )  # one call for both views: it is cheaper
     twice = lambda t: torch.cat([t] * times)  # noqa: E731
     _, n, reading = read_guidance(network, cond, twice(uncond), twice(seen.x_in), twice(seen.sigma))
     picture = [*zip(reading.picture_logits.chunk(times), strongest(reading.picture_places).chunk(times), strict=True)]
@@ -132,12 +137,12 @@ def _read(network, seen: Seen):
 
 
 @torch.no_grad()
-def prompt_scores(hgr, tokens: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def prompt_scores(hgr: nn.Module, tokens: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Harmfulness (B, K) float32 in [0, 1] of prompts: tokens (B, T, D), pooled (B, P), mask (B, T), on the HGR's device."""
     return hgr.condition.harmfulness(tokens, pooled, mask)
 
 
-def picture_thresholds(info, file: str = "this HGR") -> tuple[float, ...]:
+def picture_thresholds(info: Any, file: str = "this HGR") -> tuple[float, ...]:
     """The thresholds (K,) for `detect`; HGRError when the checkpoint was never calibrated for pictures."""
     if not info.picture_thresholds:
         raise HGRError(
@@ -147,7 +152,7 @@ def picture_thresholds(info, file: str = "this HGR") -> tuple[float, ...]:
     return info.picture_thresholds
 
 
-def run_excess(prompt: Tensor, steps: Tensor, sigmas: Tensor, hgr) -> Tensor:
+def run_excess(prompt: Tensor, steps: Tensor, sigmas: Tensor, hgr: Any) -> Tensor:
     """How far a run exceeds its thresholds (B, K), in log odds; above 0 it is redirected.
 
     prompt (B, K): harmfulness of the prompt. steps (S, B, K): that of the direction at each step, sigmas (S,).

@@ -1,7 +1,10 @@
-"""Writing safetensors files that appear whole or not at all."""
+"""Writing files that appear whole or not at all: safetensors and texts."""
 
 import os
-from collections.abc import Mapping
+import stat
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,17 +14,33 @@ from torch import Tensor
 
 from .errors import HGRError
 
+PART = ".part"  # the end of a file that is being written
+STALE = 3600.0  # seconds after which nobody writes a part any more
+
 
 def write_whole(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a file and its folder; an older file of that name stays until the new one is complete.
 
-    Raises HGRError when the disk is full or the folder cannot be written; then nothing is left of the new file.
+    Several may write one name at once: each has a part of its own, and the last one that is done wins. Raises HGRError when the
+    disk is full or the folder cannot be written; then nothing is left of the new file.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    _write(Path(path), lambda part: save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """The same of a text, in UTF-8 with line feeds on every system."""
+    _write(Path(path), lambda part: part.write_bytes(text.encode()))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid():x}-{uuid.uuid4().hex[:12]}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: t.detach().contiguous().cpu() for key, t in tensors.items()}, part, metadata)
+        remove_stale_parts(path)
+        part.touch()
+        rights = part.stat().st_mode  # as all of the user's files; safetensors lets nobody else read what it writes
+        write(part)
+        part.chmod(stat.S_IMODE(rights))
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise HGRError(
@@ -31,3 +50,18 @@ def write_whole(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def remove_stale_parts(path: Path, older_than: float = STALE) -> None:
+    """Removes what writers of a file left that were killed, also those of older versions (`<name>.part`)."""
+    now = time.time()
+    found = [path.with_name(path.name + PART), *path.parent.glob(f".{_literal(path.name)}.*{PART}")]
+    for part in found:
+        with suppress(OSError):
+            if part.is_file() and now - part.stat().st_mtime > older_than:
+                part.unlink()
+
+
+def _literal(name: str) -> str:
+    """A name as a glob pattern that matches nothing else."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

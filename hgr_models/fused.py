@@ -7,12 +7,17 @@ as TF32, PyTorch's default for convolutions.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .layers import brings_weights
+
 DEVICES = ("cuda",)
+OLDEST_TRITON = (3, 2)
 TF32 = (8, 0)  # compute capability from which PyTorch's convolutions take TF32
 TOLERANCE = 0.02  # of the largest value, between these kernels and torch's layers
 CHECKED = (34, 18), (96, 100)  # latents that both are tried on: of small tiles, and of large ones
@@ -56,16 +61,9 @@ def release_packed(networks: nn.Module) -> None:
         module.__dict__.pop("fused", None)
 
 
-def _fits(c) -> bool:
+def _fits(c: Any) -> bool:
     """Whether the kernels know these sizes: powers of two, and at least 16 channels per head."""
     return c.width in (32, 64, 128, 256) and c.heads in (1, 2, 4, 8) and c.width // c.heads >= 16
-
-
-def brings_weights(layer: nn.Module) -> bool:
-    """Whether a ComfyUI layer brings its weights with every call, so that only the call has them: `_v` stands for dynamic VRAM,
-    the functions for patches on weights when VRAM is short."""
-    own = vars(layer)
-    return "_v" in own or bool(own.get("weight_function") or own.get("bias_function"))
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:
@@ -95,8 +93,18 @@ def _supported(device: torch.device) -> bool:
     return device.index == torch.cuda.current_device() and torch.backends.cudnn.allow_tf32  # Triton launches on the current one
 
 
+@lru_cache
+def has_triton() -> bool:
+    """Whether there is a Triton that these kernels were tried with; that of torch 2.4 and 2.5 is older."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON
+
+
 def _possible(device: torch.device) -> bool:
-    if find_spec("triton") is None or torch.version.hip is not None:
+    if not has_triton() or torch.version.hip is not None:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TF32
 
@@ -118,7 +126,8 @@ def _packed_trunk(network: nn.Module, key: tuple, device: torch.device) -> "Fuse
             trunk = FusedTrunk(network, key)
             features, *found = trunk.read_trunk(x, embedding, 1)
             found += trunk.correct_trunk(features, embedding, 1)
-            far = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, wanted, strict=True))
+            off = [(a - b).abs().max() / b.abs().max().clamp(min=1e-6) for a, b in zip(found, wanted, strict=True)]
+            far = float(torch.stack(off).max())  # torch's maximum, for Python's may lose a NaN
             why = None if far <= TOLERANCE else f"its results are {far:.1%} off"
         except torch.OutOfMemoryError:
             raise
@@ -154,14 +163,14 @@ class FusedTrunk:
         size = (height // 2, width // 2)
         x = torch.empty(n, *size, channels, 2, 2, device=inputs.device, dtype=torch.float16)
         x.copy_(inputs.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5))  # pixel_unshuffle
-        h = self.kernels.convolve(x.view(n, size[0] * size[1], 4 * channels), size, *self.stem, side=3, groups=8)
-        h = self.readers(self, Features(self, size, *h), embedding, frames)
+        convolved = self.kernels.convolve(x.view(n, size[0] * size[1], 4 * channels), size, *self.stem, side=3, groups=8)
+        h = self.readers(self, Features(self, size, *convolved), embedding, frames)
         places = self.kernels.convolve(self.silu_normed(self.read_norm, h), size, *self.head, side=1)[0]
         return h, places.transpose(1, 2).unflatten(2, size)
 
     def strongest(self, places: Tensor) -> Tensor:
         """`GuidanceRedirector.strongest`."""
-        from .guidance import STRONGEST, pool
+        from .layers import STRONGEST, pool
 
         flat = places.flatten(2).transpose(1, 2)
         if flat.shape[1] > self.kernels.MOST:
@@ -194,7 +203,8 @@ class Stack:
         self.after, self.context = after, context
         self.norms = [(block.norm1, block.norm2) for block in blocks]
         self.convolutions = [(_packed(block.conv1), _packed(block.conv2)) for block in blocks]
-        self.film = torch.cat([block.film.weight for block in blocks]), torch.cat([block.film.bias for block in blocks])
+        films: list[Any] = [block.film for block in blocks]
+        self.film = torch.cat([film.weight for film in films]), torch.cat([film.bias for film in films])
         self.q, self.kv, self.out = (_packed(layer) for layer in (context.q, context.kv, context.out))
 
     def __call__(self, trunk: FusedTrunk, h: Features, embedding: Tensor, frames: int) -> Features:
@@ -202,14 +212,14 @@ class Stack:
         films = nn.functional.linear(embedding, *self.film).chunk(len(self.norms), dim=1)
         for i, (film, norms, (first, second)) in enumerate(zip(films, self.norms, self.convolutions, strict=True)):
             y = Features(trunk, h.size, *kernels.convolve(normed(norms[0], h), h.size, *first, side=3, groups=8))
-            y = normed(norms[1], y, film, frames)
-            h = Features(trunk, h.size, *kernels.convolve(y, h.size, *second, side=3, groups=8, residual=h.x))
+            normal = normed(norms[1], y, film, frames)
+            h = Features(trunk, h.size, *kernels.convolve(normal, h.size, *second, side=3, groups=8, residual=h.x))
             if i == self.after:
                 h = self._attended(trunk, h, frames)
         return h
 
     def _attended(self, trunk: FusedTrunk, h: Features, frames: int) -> Features:
-        from .guidance import FRAMES, GRID
+        from .layers import FRAMES, GRID
 
         c, kernels = self.context, trunk.kernels
         to = (min(frames, FRAMES), min(h.size[0], GRID), min(h.size[1], GRID))

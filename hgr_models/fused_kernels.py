@@ -8,7 +8,7 @@ convolution leaves for the group norm after it (combined as by Chan et al. 1979:
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 MOST = 2**14  # places that one block can hold
 
@@ -214,7 +214,9 @@ def normalise(
     return out
 
 
-def pool(x: Tensor, frames: int, size: tuple[int, int], to: tuple[int, int, int], norm, weight: Tensor, bias: Tensor) -> Tensor:
+def pool(
+    x: Tensor, frames: int, size: tuple[int, int], to: tuple[int, int, int], norm: nn.LayerNorm, weight: Tensor, bias: Tensor
+) -> Tensor:
     """Keys and values (B, pooled, 2 C) fp16 of x (B * frames, places, C), averaged to `to` places and normed by a LayerNorm."""
     b, channels, pooled = len(x) // frames, x.shape[2], to[0] * to[1] * to[2]
     kv = torch.empty(b, pooled, 2 * channels, device=x.device, dtype=torch.float16)
@@ -226,7 +228,14 @@ def pool(x: Tensor, frames: int, size: tuple[int, int], to: tuple[int, int, int]
 
 
 def attend(
-    x: Tensor, frames: int, heads: int, groups: int, norm, q: tuple[Tensor, Tensor], kv: Tensor, out: tuple[Tensor, Tensor]
+    x: Tensor,
+    frames: int,
+    heads: int,
+    groups: int,
+    norm: nn.LayerNorm,
+    q: tuple[Tensor, Tensor],
+    kv: Tensor,
+    out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """x (N, places, C) plus its attention to `kv`, and the moments; q and out are weights (C, C) fp16 and biases."""
     n, places, channels = x.shape

@@ -12,24 +12,18 @@ This project's reading of arXiv 2412.16039; see `redirection.py` for the gate. C
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import brings_weights, fused_trunk
-from .heads import start_at_zero
+from .fused import fused_trunk
+from .layers import Context, ResBlock, normed, per_frame, pool, start_at_zero
 from .shapes import per_row
 
-GRID = 8  # the context is at most GRID x GRID places (and FRAMES frames), whatever the latent's size
-FRAMES = 4
-ONE_BLOCK = ("cuda",)  # devices whose group norm reads each group with one block, which is slow for large pictures
-LARGE = 2**18  # numbers per picture from which normalising by chunks is faster on a GPU: 128 channels of 46x46 places
-CHUNKS = 32  # of each group
-STRONGEST = 4  # places whose mean is the whole picture's logit
 REACH = 2.0  # logits below "as likely as not" at which a place is still changed half way
 # How far a place is changed that is not near any harm. On 500 pictures of pairs and harms that training may see: at 1, 2 % of what is
 # not harmful is lost that 0.5 keeps; at 0, a substitute lacks room where the harm was small, and twice as much harm is left.
@@ -49,43 +43,6 @@ class GuidanceConfig:
     heads: int = 4
 
 
-class ResBlock(nn.Module):
-    """x + two normalised 3x3 convolutions, scaled and shifted by an embedding (B, embedding)."""
-
-    def __init__(self, width: int, embedding: int, ops):
-        super().__init__()
-        self.norm1, self.conv1 = ops.GroupNorm(8, width), ops.Conv2d(width, width, 3, padding=1)
-        self.norm2, self.conv2 = ops.GroupNorm(8, width), ops.Conv2d(width, width, 3, padding=1)
-        self.film = ops.Linear(embedding, 2 * width)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(_normed(self.norm1, x)))
-        h = self.conv2(F.silu(torch.addcmul(shift, _normed(self.norm2, h), 1 + scale)))  # one kernel instead of two
-        return x + h
-
-
-class Context(nn.Module):
-    """Every place attends to a fixed number of pooled places, over all frames: linear in the number of places."""
-
-    def __init__(self, width: int, heads: int, ops):
-        super().__init__()
-        self.heads = heads
-        self.norm, self.norm_pooled = ops.LayerNorm(width), ops.LayerNorm(width)
-        self.q, self.kv, self.out = ops.Linear(width, width), ops.Linear(width, 2 * width), ops.Linear(width, width)
-
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        video = x.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, C, frames, h, w)
-        size = [min(n, m) for n, m in zip(video.shape[2:], (FRAMES, GRID, GRID), strict=True)]
-        pooled = self.norm_pooled(_averaged(video, size).flatten(2).transpose(1, 2))  # (B, M, C)
-        places = video.flatten(2).transpose(1, 2)  # (B, N, C)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        k, v = self.kv(pooled).chunk(2, dim=-1)
-        h = F.scaled_dot_product_attention(split(self.q(self.norm(places))), split(k), split(v))
-        places = places + self.out(h.transpose(1, 2).flatten(2))
-        return places.transpose(1, 2).unflatten(2, video.shape[2:]).transpose(1, 2).flatten(0, 1)
-
-
 @dataclass
 class Reading:
     """What `read` found: harmfulness logits of the direction (B, K) and of the picture (B, K), and features for `correct`."""
@@ -103,7 +60,7 @@ class Reading:
 class GuidanceRedirector(nn.Module):
     """Reads and corrects a guidance direction; any latent size and batch, 2-D and 3-D latents."""
 
-    def __init__(self, config: GuidanceConfig, ops=nn):
+    def __init__(self, config: GuidanceConfig, ops: Any = nn):
         super().__init__()
         self.config = c = config
         embedding = 2 * c.width
@@ -144,17 +101,18 @@ class GuidanceRedirector(nn.Module):
         trunk = fused_trunk(self, inputs) or self
         h, places = trunk.read_trunk(inputs, embedding, frames)
         places = places.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 2 K, frames, h, w)
-        return Reading(*trunk.strongest(places).chunk(2, dim=1), *places.chunk(2, dim=1), h, embedding, (height, width), frames)
+        (b, q), (direction, picture) = trunk.strongest(places).chunk(2, dim=1), places.chunk(2, dim=1)
+        return Reading(b, q, direction, picture, h, embedding, (height, width), frames)
 
     def read_trunk(self, inputs: Tensor, embedding: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """Of inputs (N, 3 C, H, W) with even sides: features, and logits per place (N, 2 K, H / 2, W / 2)."""
-        rows = _per_frame(embedding, frames)
+        rows = per_frame(embedding, frames)
         h = self.stem(F.pixel_unshuffle(inputs, 2))
         for i, block in enumerate(self.readers):
             h = block(h, rows)
             if i == 0:
                 h = self.read_context(h, frames)
-        return h, self.read_head(F.silu(_normed(self.read_norm, h))).float()
+        return h, self.read_head(F.silu(normed(self.read_norm, h))).float()
 
     def strongest(self, places: Tensor) -> Tensor:
         """Logits (B, K) of logits per place (B, K, frames, h, w)."""
@@ -162,13 +120,13 @@ class GuidanceRedirector(nn.Module):
 
     def correct_trunk(self, features: Tensor, embedding: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """The residual (N, C, H, W) and pooled features (N / frames, width)."""
-        rows = _per_frame(embedding, frames)
+        rows = per_frame(embedding, frames)
         h = features
         for i, block in enumerate(self.correctors):
             h = block(h, rows)
             if i == 1:
                 h = self.correct_context(h, frames)
-        h = F.silu(_normed(self.correct_norm, h))
+        h = F.silu(normed(self.correct_norm, h))
         return F.pixel_shuffle(self.residual(h), 2), h.unflatten(0, (-1, frames)).mean(dim=(1, 3, 4))
 
     def correct(self, reading: Reading, weights: Tensor, elsewhere: float = ELSEWHERE) -> tuple[Tensor, Tensor]:
@@ -203,30 +161,6 @@ def _waves(device: torch.device) -> tuple[Tensor, Tensor]:
         return frequencies, torch.tensor([0.0, math.pi / 2], device=device)[:, None, None]
 
 
-def _per_frame(rows: Tensor, frames: int) -> Tensor:
-    """(B, ...) as (B * frames, ...)."""
-    return rows if frames == 1 else rows.repeat_interleave(frames, dim=0)
-
-
-def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """`norm(x)` of x (B, C, h, w), by chunks where that is faster and the weights are at hand."""
-    size, weight = x[0].numel(), norm.weight
-    if x.device.type not in ONE_BLOCK or torch.is_grad_enabled() or size < LARGE or size % (CHUNKS * norm.num_groups):
-        return norm(x)
-    if brings_weights(norm) or (weight.device, weight.dtype) != (x.device, x.dtype):
-        return norm(x)
-    return chunked_group_norm(x, norm.num_groups, weight, norm.bias, norm.eps)
-
-
-def chunked_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.group_norm` of x (B, C, h, w) by the moments of chunks; each group's size must be a multiple of CHUNKS."""
-    within, means = torch.var_mean(x.reshape(len(x), groups, CHUNKS, -1), dim=3, correction=0)
-    between, mean = torch.var_mean(means, dim=2, correction=0)
-    scale = weight.view(groups, -1) * (within.mean(dim=2) + between + eps).rsqrt()[..., None]  # (B, groups, C / groups)
-    shift = torch.addcmul(bias.view(groups, -1), scale, mean[..., None], value=-1)
-    return torch.addcmul(shift.flatten(1)[..., None, None], x, scale.flatten(1)[..., None, None])
-
-
 def _near(reading: Reading, weights: Tensor, elsewhere: float) -> Tensor:
     """How far a place is changed (B, 1, frames, H, W): about 1 at and beside the harm of flagged categories, `elsewhere` far from it."""
     flagged = (weights > 0)[:, :, None, None, None]
@@ -235,28 +169,3 @@ def _near(reading: Reading, weights: Tensor, elsewhere: float) -> Tensor:
     near = elsewhere + (1 - elsewhere) * near
     height, width = reading.size
     return F.interpolate(near, scale_factor=2, mode="nearest")[:, None, ..., :height, :width]
-
-
-def _averaged(video: Tensor, size: list[int]) -> Tensor:
-    """(B, C, frames, h, w) averaged to `size` places per axis; where a device has no kernel for that (Apple's), axis by axis."""
-    if video.device.type in ("cpu", "cuda"):
-        return F.adaptive_avg_pool3d(video, size)
-    return averaged_by_axis(video, size)
-
-
-def averaged_by_axis(video: Tensor, size: Sequence[int]) -> Tensor:
-    """`adaptive_avg_pool3d` as matrix products, which every device has."""
-    for axis, places in enumerate(size, start=2):
-        length = video.shape[axis]
-        weights = torch.zeros(length, places)
-        for i in range(places):
-            start, end = i * length // places, -(-(i + 1) * length // places)
-            weights[start:end, i] = 1 / (end - start)
-        video = (video.transpose(axis, -1) @ weights.to(video)).transpose(axis, -1)
-    return video
-
-
-def pool(places: Tensor) -> Tensor:
-    """The mean of the four strongest places: small harm in a large picture must not drown. (B, K, frames, h, w) -> (B, K)."""
-    flat = places.flatten(2)
-    return flat.topk(min(STRONGEST, flat.shape[2]), dim=2, sorted=False).values.mean(dim=2)

@@ -5,7 +5,8 @@ latent is evaluated with the negative, the prompt and the partner, which is all 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ class Prompts:
     removed: Tensor  # (B, K) the subset of `harms` that the partner lacks
     pooled: Tensor | None = None  # (B, P), of the prompt
     mask: Tensor | None = None  # (B, T) attention mask of the prompt
+    lengths: Tensor | None = None  # (B,) tokens of each prompt, where shorter ones were padded; None: none was
 
-    def __getitem__(self, index) -> "Prompts":
-        return Prompts(*(None if (value := getattr(self, f.name)) is None else value[index] for f in fields(self)))
+    def __getitem__(self, index: Any) -> "Prompts":
+        return Prompts(*(None if value is None else value[index] for value in vars(self).values()))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -49,16 +51,18 @@ class Points:
     partner_denoised: Tensor
     shown: Tensor  # (N, K) harms of the prompt that the run followed: what its picture shows
     prompt: Tensor  # (N,) row of the prompts
+    rest: Tensor | None = None  # (N, M) what the model is given beside x: the sound of a video. Nothing learns from it
 
-    def __getitem__(self, index) -> "Points":
-        return Points(*(getattr(self, f.name)[index] for f in fields(self)))
+    def __getitem__(self, index: Any) -> "Points":
+        return Points(*(None if value is None else value[index] for value in vars(self).values()))
 
     def __len__(self) -> int:
         return len(self.x)
 
     @staticmethod
     def cat(parts: list["Points"]) -> "Points":
-        return Points(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Points)))
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return Points(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @torch.no_grad()
@@ -94,7 +98,9 @@ def record_runs(
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         parts.append(at := point(x, sigma.expand(count)))
         towards = {"prompt": at.cond_denoised, "partner": at.partner_denoised}.get(follow)
-        towards = policy(x, at.sigma, at.uncond_denoised, at.cond_denoised) if towards is None else towards
+        if towards is None:
+            assert policy is not None, follow
+            towards = policy(x, at.sigma, at.uncond_denoised, at.cond_denoised)
         denoised = at.uncond_denoised + per_row(cond_scale, x) * (towards - at.uncond_denoised)
         x = x + (x - denoised) / sigma * (following - sigma)
     parts += [point(x + level * again, x.new_full((count,), level)) for level, again in looks]

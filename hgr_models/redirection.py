@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import category_list
 from .errors import HGRError
 from .shapes import per_row
 
@@ -24,7 +26,7 @@ class CategorySettings:
     strengths: tuple[float, ...]
     threshold_offset: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(0 <= strength <= 1 for strength in self.strengths):
             raise HGRError(f"Expected strengths from 0 to 1, but got {self.strengths}. Set `strength` to a number in this range.")
         if not -1 <= self.threshold_offset <= 1:
@@ -51,36 +53,11 @@ class GuidanceResult:
 
 
 def parse_categories(text: str, categories: Sequence[str], strength: float = 1.0) -> tuple[float, ...]:
-    """Strengths (K,) from a text such as `sexual = 1, hate = 0.5, violence = off`; categories not named keep `strength`.
+    """Strengths (K,) from a text such as `sexual = 1, hate = 0.5, violence = off` (`category_list`); those not named keep `strength`.
 
-    Commas, semicolons and new lines separate; `on` is 1 and `off` 0. Every value is multiplied by `strength`.
-    Raises HGRError for an unknown category, a category named twice, or a value outside [0, 1].
+    Every value is multiplied by `strength`. Raises HGRError for an unknown category, one named twice, or a value outside [0, 1].
     """
-    values = dict.fromkeys(categories, 1.0)
-    named = set()
-    for entry in text.replace(";", ",").replace("\n", ",").split(","):
-        if not entry.strip():
-            continue
-        name, equals, value = (part.strip() for part in entry.partition("="))
-        if name not in values:
-            raise HGRError(f"Unknown category {name!r} in {text!r}: this HGR has {', '.join(categories)}.")
-        if name in named:
-            raise HGRError(f"Category {name!r} is named twice in {text!r}; name it once.")
-        named.add(name)
-        values[name] = _strength(value if equals else "1", name)
-    return tuple(values[c] * strength for c in categories)
-
-
-def _strength(value: str, name: str) -> float:
-    words = {"on": 1.0, "off": 0.0}
-    try:
-        number = words.get(value.lower())
-        number = float(value) if number is None else number
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number <= 1:
-        raise HGRError(f"Expected `{name} = ` on, off or a number from 0 to 1, but got {value!r}.")
-    return number
+    return category_list.strengths(text, categories, strength)
 
 
 @lru_cache(maxsize=64)
@@ -88,18 +65,31 @@ def _strengths(settings: CategorySettings, device: torch.device) -> Tensor:
     return torch.tensor(settings.strengths, device=device)  # cached: a copy to the GPU in every step would wait for it
 
 
+def limits(thresholds: Tensor, offset: float) -> Tensor:
+    """The harmfulness above which a category is flagged: stored thresholds with the user's offset, in [0, 1]."""
+    return (thresholds + offset).clamp(0, 1)
+
+
+def noise_level(log_snr: Tensor, levels: Tensor) -> Tensor:
+    """Which row of the guidance thresholds holds at log_snr = -2 ln sigma; levels ascending (L - 1,), -> int64 in [0, L).
+
+    Exactly at a level, the noisier side's row holds.
+    """
+    return torch.bucketize(log_snr, levels)
+
+
 def category_weights(harmfulness: Tensor, thresholds: Tensor, settings: CategorySettings) -> Tensor:
     """w = strength * (harmfulness > threshold): exactly 0 at and below the threshold. All (B, K); thresholds (K,) or (B, K).
 
     NaN counts as harmful: what nothing is known about must not pass as clean.
     """
-    limit = (thresholds + settings.threshold_offset).clamp(0, 1).to(harmfulness.device)  # see ConditionRedirector.units
+    limit = limits(thresholds, settings.threshold_offset).to(harmfulness.device)  # see ConditionRedirector.units
     return torch.where(harmfulness <= limit, 0.0, _strengths(settings, harmfulness.device))
 
 
 @torch.no_grad()
 def redirect_condition(
-    hgr, tokens: Tensor, pooled: Tensor | None, settings: CategorySettings, mask: Tensor | None = None
+    hgr: nn.Module, tokens: Tensor, pooled: Tensor | None, settings: CategorySettings, mask: Tensor | None = None
 ) -> ConditionResult:
     """tokens_safe = where(any_k w_k > 0, tokens + D, tokens), per sample; pooled likewise.
 
@@ -128,19 +118,23 @@ def log_snr_of(sigma: Tensor) -> Tensor:
     return -2 * sigma.float().clamp(min=SIGMA_FLOOR).log()
 
 
-def read_guidance(network, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, sigma: Tensor):
+def read_guidance(
+    network: nn.Module, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Any]:
     """The direction g / n, its rms n and the network's reading of it."""
     return _read(network, cond_denoised, uncond_denoised, x_in, log_snr_of(sigma))
 
 
-def _read(network, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, log_snr: Tensor):
+def _read(
+    network: nn.Module, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, log_snr: Tensor
+) -> tuple[Tensor, Tensor, Any]:
     direction, n = guidance_units(cond_denoised, uncond_denoised)
     return direction, n, network.read(direction, x_in.float(), uncond_denoised.float(), log_snr, n.log())
 
 
 @torch.no_grad()
 def redirect_guidance(
-    hgr,
+    hgr: nn.Module,
     cond_denoised: Tensor,
     uncond_denoised: Tensor,
     x_in: Tensor,
@@ -152,8 +146,11 @@ def redirect_guidance(
 
     cond_denoised, uncond_denoised, x_in (core's `calculate_input`): (B, C, *spatial), any floating dtype, which is kept;
     sigma (B,). `flagged` (B, K): category weights of earlier steps that stay in force. Where g = 0 there is nothing to
-    redirect: harmfulness 0.
+    redirect: harmfulness 0. An HGR without a guidance redirector flags nothing.
     """
+    if hgr.guidance is None:
+        nothing = torch.zeros(len(cond_denoised), len(hgr.info.categories), device=cond_denoised.device)
+        return GuidanceResult(cond_denoised, nothing, nothing.clone())
     log_snr = log_snr_of(sigma)
     direction, n, reading = _read(hgr.guidance, cond_denoised, uncond_denoised, x_in, log_snr)
     something = (n != RMS_FLOOR)[:, None]  # n is floored; of NaN, too, there is something to redirect
