@@ -1,0 +1,1 @@
+"""What everything here needs of ComfyUI: model families, schemas, encoding, hooks."""
