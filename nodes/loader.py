@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.model_management
@@ -11,11 +12,21 @@ import comfy.model_patcher
 import comfy.ops
 import folder_paths
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 
 from .. import hgr_models
-from .schema import HGR_TYPE, make_input, make_schema
+from ..hgr_models.model_card import measured_of, short_card
+from .host.encoder_print import encoder_of
+from .host.families import known_for
+from .host.schema import HGR_TYPE, make_input, make_schema
+from .host.server import show_text
 
 FOLDER = "hgr"
+NONE_YET = "(none yet)"
+WITHOUT = (
+    "SafeCFG Protect makes one by itself, from prompts alone (Templates, SafeCFG, '02 Protect any checkpoint'); '03 Make an HGR for your "
+    "checkpoint' makes a better one, whose file SafeCFG Load HGR then offers; SafeCFG Concept Guidance needs none ('07 Guard by words alone')."
+)
 SHIPPED = Path(hgr_models.__file__).parent / "weights"
 
 logger = logging.getLogger(__name__)
@@ -44,6 +55,24 @@ class HGRModel:
         return self.elsewhere[device]
 
 
+class NoHGRError(hgr_models.HGRError, AttributeError):
+    """Also an AttributeError: core asks every output for attributes that few have (`hasattr(output, "get_ram_usage")`)."""
+
+
+class NoHGR:
+    """What an `HGR_MODEL` socket carries while nobody has an HGR: whoever uses it says on its own node what to do."""
+
+    def __getattr__(self, name) -> Any:
+        raise NoHGRError(f"There is no HGR for this model yet. {WITHOUT}")
+
+
+def check_there(hgr, model, clip=None) -> None:
+    """Raises HGRError, which names the HGRs that are known for this MODEL and CLIP, where nobody has one yet."""
+    if isinstance(hgr, NoHGR):
+        known = known_for(model, None if clip is None else encoder_of(clip))
+        raise NoHGRError(" ".join(filter(None, ("There is no HGR for this model yet.", known, WITHOUT))))
+
+
 _loaded: WeakValueDictionary[str, HGRModel] = WeakValueDictionary()  # by file hash; alive as long as a graph uses it
 
 
@@ -52,6 +81,34 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
     folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
     folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.get_folder_paths(FOLDER), {".safetensors"})
+
+
+def is_shipped(name: str | os.PathLike) -> bool:
+    """Whether a file of that name (with or without a folder) ships with the pack."""
+    return (SHIPPED / os.path.basename(name)).is_file() and os.path.basename(name) != ""
+
+
+def hgr_file(name: str) -> str:
+    """The file of an HGR by its name in the lists of ComfyUI. One that ships with the pack is never another one of that name.
+
+    Raises HGRError where there is none.
+    """
+    if is_shipped(name) and name == os.path.basename(name):
+        shipped = SHIPPED / name
+        other = folder_paths.get_full_path(FOLDER, name)
+        if other is not None and not os.path.samefile(other, shipped):
+            logger.warning("SafeCFG: %s is the one that ships with the pack. Give %s another name to load it.", name, other)
+        return str(shipped)
+    if (found := folder_paths.get_full_path(FOLDER, name)) is None:
+        raise hgr_models.HGRError(f"There is no HGR {name!r}. Put the .safetensors file into models/hgr.")
+    return found
+
+
+def check_name(path: str | os.PathLike) -> None:
+    """Raises HGRError for the name of an HGR that ships with the pack: nobody could tell the two apart."""
+    if is_shipped(path):
+        name = os.path.basename(path)
+        raise hgr_models.HGRError(f"{name} is the name of an HGR that ships with SafeCFG. Choose another name.")
 
 
 def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.model_patcher.ModelPatcher:
@@ -68,7 +125,7 @@ def frozen_patcher(networks, device, again: tuple) -> comfy.model_patcher.ModelP
     and the kernels of `hgr_models.fused` need these few megabytes in one place. `again`: what core calls, and with what, for a
     copy on another GPU.
     """
-    networks.eval().requires_grad_(False)
+    networks.train(False).requires_grad_(False)
     patcher = core_patcher(
         networks,
         disable_dynamic=True,
@@ -94,15 +151,27 @@ def load_hgr_model(path: str) -> HGRModel:
     if (found := _loaded.get(digest)) is None:
         patcher = load_patcher(path)
         found = _loaded[digest] = HGRModel(patcher, patcher.model.info, path, digest)
-        logger.info("SafeCFG: loaded %s (%s)", os.path.basename(path), ", ".join(found.info.categories))
+        logger.info("SafeCFG: loaded %s (%s)", path, ", ".join(found.info.categories))
     return found
+
+
+def show_card(hgr: HGRModel) -> None:
+    """Shows what an HGR is for, what its calibration proves and what was measured with it on the node that runs."""
+    networks = hgr.patcher.model.redirectors
+    try:
+        measured = measured_of(hgr.path)
+    except (hgr_models.HGRError, OSError) as error:
+        logger.warning("SafeCFG: %s", error)
+        measured = {}
+    context = get_executing_context()
+    show_text(short_card(hgr.info, networks, measured), None if context is None else context.node_id)
 
 
 class LoadHGR(io.ComfyNode):
     """Reads a checkpoint from `models/hgr` or from those shipped with the pack."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         register_folder()  # the list below needs it, and not every host calls on_load first
         return make_schema(
             node_id="SafeCFG_LoadHGR",
@@ -114,26 +183,30 @@ class LoadHGR(io.ComfyNode):
                 make_input(
                     io.Combo,
                     "hgr_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=[*folder_paths.get_filename_list(FOLDER), NONE_YET],
                     tooltip="A .safetensors file in models/hgr. It fits one family of models: SafeCFG Apply refuses any other. "
-                    "demo.safetensors belongs to SafeCFG Demo Model.",
+                    "demo.safetensors belongs to SafeCFG Demo Model. (none yet): SafeCFG Apply says how to get one.",
                 )
             ],
             outputs=[HGR_TYPE.Output(display_name="hgr", tooltip="The loaded redirector, for SafeCFG Apply.")],
         )
 
     @classmethod
-    def validate_inputs(cls, hgr_name):
+    def validate_inputs(cls, hgr_name) -> str | bool:
         """Not every host looks a V3 node's choice up in its list."""
         names = folder_paths.get_filename_list(FOLDER)
-        if hgr_name is None or hgr_name in names:  # None: another node's output
+        if hgr_name in (None, NONE_YET) or hgr_name in names:  # None: another node's output
             return True
-        return f"There is no HGR {hgr_name!r}; there is {', '.join(names) or 'none'}. Put the .safetensors file into models/hgr."
+        return f"There is no HGR {hgr_name!r} in models/hgr; there is {', '.join(names) or 'none'}. {WITHOUT}"
 
     @classmethod
-    def fingerprint_inputs(cls, hgr_name):
-        return hgr_models.file_hash(folder_paths.get_full_path_or_raise(FOLDER, hgr_name))
+    def fingerprint_inputs(cls, hgr_name) -> str | float:
+        return NONE_YET if hgr_name == NONE_YET else hgr_models.file_hash(hgr_file(hgr_name))
 
     @classmethod
-    def execute(cls, hgr_name):
-        return io.NodeOutput(load_hgr_model(folder_paths.get_full_path_or_raise(FOLDER, hgr_name)))
+    def execute(cls, hgr_name) -> io.NodeOutput:
+        if hgr_name == NONE_YET:
+            return io.NodeOutput(NoHGR())
+        hgr = load_hgr_model(hgr_file(hgr_name))
+        show_card(hgr)
+        return io.NodeOutput(hgr)

@@ -2,43 +2,37 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io
 
 from ... import hgr_models
-from ..concept.concept_rows import encode_prompt
-from ..families import TOKENS, check_family, other_base, read_text
+from ..host.concept_rows import encode_prompt
+from ..host.families import check_family, other_base, read_text
+from ..host.hooks import KEY, put_hooks, remove
+from ..host.more_tokens import TOKENS
+from ..host.schema import make_schema
+from ..host.settings import ApplySettings
+from ..loader import check_there
 from ..reporting import audit
-from ..schema import make_schema
 from .apply_inputs import apply_inputs
-from .runs import KEY, ApplySettings
-from .sampling_hooks import make_hooks, make_wrappers, put_hooks
+from .runs import weight_patches
+from .sampling_hooks import make_hooks, make_wrappers
 
 logger = logging.getLogger(__name__)
 
 
-def remove(model) -> bool:
-    """Takes SafeCFG out of a MODEL that the caller owns; whether it was there."""
-    was_there = KEY in model.additional_models
-    model.remove_additional_models(KEY)
-    model.remove_attachments(KEY)
-    for kind in list(model.wrappers):
-        model.remove_wrappers_with_key(kind, KEY)
-    if was_there:
-        put_hooks(model.model_options, {})
-    return was_there
-
-
-def install(model, patcher, settings: ApplySettings) -> None:
-    """Puts SafeCFG into a MODEL that the caller owns."""
-    model.set_additional_models(KEY, [patcher])
+def install(model, hgr, settings: ApplySettings) -> None:
+    """Puts SafeCFG into a MODEL that the caller owns: the only place that does, whoever asks. The HGR acts on the model's device."""
+    settings = replace(settings, weights=weight_patches(model))
+    model.set_additional_models(KEY, [hgr.on(model.load_device).patcher])
     model.set_attachments(KEY, settings)  # SafeCFG Report asks for it
     put_hooks(model.model_options, make_hooks(settings))
     for kind, wrapper in make_wrappers(settings).items():
         model.add_wrapper_with_key(kind, KEY, wrapper)
 
 
-def apply(model, hgr, settings: ApplySettings):
+def apply(model, hgr, settings: ApplySettings) -> Any:
     """A clone of a MODEL with SafeCFG; with every strength 0 it has none, and draws what the model alone draws.
 
     Raises HGRError when the HGR was trained for another family, or lacks a network that `settings` need.
@@ -49,15 +43,17 @@ def apply(model, hgr, settings: ApplySettings):
     if remove(model):
         logger.warning("SafeCFG: this model went through SafeCFG Apply before; only the last one (%s) counts.", hgr.path)
     if any(settings.categories.strengths):
-        install(model, hgr.on(model.load_device).patcher, settings)
+        install(model, hgr, settings)
     return model
 
 
 def _with_networks(hgr, settings: ApplySettings) -> ApplySettings:
-    """Settings that need only networks which the HGR has: `both` goes on with one, unless it is strict."""
+    """Settings that need only networks which the HGR has: `both` goes on with one, unless it is strict; `concept` takes what there is."""
     networks = {"condition": settings.by_condition, "guidance": settings.by_guidance}
+    if settings.judges_only and hgr.patcher.model.redirectors:
+        return settings  # whatever there is of the two judges
     for name, wanted in networks.items():
-        if not wanted or getattr(hgr.patcher.model, name) is not None:
+        if not wanted or name in hgr.patcher.model.redirectors:
             continue
         other = "guidance" if name == "condition" else "condition"
         if settings.redirect == "both" and not settings.strict:
@@ -90,11 +86,30 @@ def _encode_concepts(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | No
     return tuple(encoded.get(name) for name in hgr.info.categories)
 
 
+def backing(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
+    """The concepts that act beside the redirectors of an HGR that its own check found weak; () for any other, or without a CLIP.
+
+    A category without a concept prompt has none.
+    """
+    if clip is None or not hgr.info.weak:
+        return ()
+    named = [bool(hgr.info.concept_prompts.get(name, "").strip()) for name in hgr.info.categories]
+    found = _encode_concepts(clip, hgr, tuple(s * known for s, known in zip(strengths, named, strict=True)))
+    if not any(found):
+        return ()
+    logger.warning(
+        "SafeCFG: %s left much harm when it was checked; flagged runs also get their category's concept row, one row more per step. More "
+        "prompt_steps, or `train` = thorough, makes a better one.",
+        hgr.path,
+    )
+    return found
+
+
 class Apply(io.ComfyNode):
     """Patches a MODEL; see `apply`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_Apply",
             display_name="SafeCFG Apply",
@@ -109,17 +124,18 @@ class Apply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, hgr, strength, threshold_offset, start_percent, end_percent, redirect, categories, strict, remember_flagged,
-        audit_log=audit.OFF, clip=None, negative=None,
-    ):  # fmt: skip
+        cls, model, hgr, strength=1.0, threshold_offset=0.0, start_percent=0.0, end_percent=1.0, redirect="both", categories="",
+        strict=False, remember_flagged=True, audit_log=audit.OFF, clip=None, negative=None,
+    ) -> io.NodeOutput:  # fmt: skip
         if not start_percent < end_percent:
             raise ValueError(f"Expected start_percent below end_percent, but got {start_percent} and {end_percent}.")
+        check_there(hgr, model, clip)
         strengths = hgr_models.parse_categories(categories, hgr.info.categories, strength)
         chosen = hgr_models.CategorySettings(strengths, threshold_offset)
+        concepts = {"concept": _encode_concepts, "both": backing}.get(redirect, lambda *_: ())(clip, hgr, strengths)
         settings = ApplySettings(
             hgr.info, chosen, redirect, start_percent, end_percent, strict, remember_flagged,
-            audit_log, hgr.hash, getattr(cls.hidden, "unique_id", None),
-            _encode_concepts(clip, hgr, strengths) if redirect == "concept" else (), negative=negative,
+            audit_log, hgr.hash, getattr(cls.hidden, "unique_id", None), concepts, negative=negative,
         )  # fmt: skip
         safe = apply(model, hgr, settings)
         if (difference := other_base(model, hgr.info)) is not None:

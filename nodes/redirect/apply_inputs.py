@@ -1,9 +1,12 @@
-"""The inputs of `SafeCFG Apply`, in the order that saved workflows know: new ones go to the end."""
+"""The inputs of `SafeCFG Apply`, in the order that saved workflows know: new ones go to the end.
+
+All but the two sockets are optional: a prompt of the API names what differs from the defaults.
+"""
 
 from comfy_api.latest import io
 
+from ..host.schema import HGR_TYPE, make_input
 from ..reporting import audit
-from ..schema import HGR_TYPE, make_input
 
 
 def apply_inputs() -> list:
@@ -24,6 +27,7 @@ def _strength_inputs() -> list:
             io.Float,
             "strength",
             default=1.0,
+            optional=True,
             min=0.0,
             max=1.0,
             step=0.05,
@@ -34,6 +38,7 @@ def _strength_inputs() -> list:
             io.Float,
             "threshold_offset",
             default=0.0,
+            optional=True,
             min=-1.0,
             max=1.0,
             step=0.01,
@@ -49,6 +54,7 @@ def _time_inputs() -> list:
             io.Float,
             "start_percent",
             default=0.0,
+            optional=True,
             min=0.0,
             max=1.0,
             step=0.01,
@@ -60,6 +66,7 @@ def _time_inputs() -> list:
             io.Float,
             "end_percent",
             default=1.0,
+            optional=True,
             min=0.0,
             max=1.0,
             step=0.01,
@@ -76,6 +83,7 @@ def _how_inputs() -> list:
             "redirect",
             options=["both", "condition", "guidance", "concept"],
             default="both",
+            optional=True,
             tooltip="condition: rewrites a harmful prompt's tokens once per run, at any cfg, at no cost. guidance: looks at the guidance "
             "in every step, for what the prompt hides. both: the safest. concept: both judge; a flagged picture is steered away from "
             "its category's concept prompt, which costs a model row per flagged category and step, and needs `clip`.",
@@ -84,8 +92,9 @@ def _how_inputs() -> list:
             io.String,
             "categories",
             default="",
+            optional=True,
             multiline=True,
-            placeholder="sexual = 1, hate = 0.5, violence = off",
+            placeholder="all on; NAME = off or NAME = 0.5",
             tooltip="Strength per category, 0 to 1 or on / off: `sexual = 1, hate = 0.5, violence = off`. Categories that are not "
             "named stay on. Empty: all on. Names are those of the HGR; a wrong one gives an error that lists them.",
         ),
@@ -93,6 +102,7 @@ def _how_inputs() -> list:
             io.Boolean,
             "strict",
             default=False,
+            optional=True,
             tooltip="What SafeCFG cannot redirect (a guider without negative, an unknown kind of prompt, latents that are not finite) "
             "stops the run with an error. Off: a warning in the log.",
         ),
@@ -100,6 +110,7 @@ def _how_inputs() -> list:
             io.Boolean,
             "remember_flagged",
             default=True,
+            optional=True,
             advanced=True,
             tooltip="Once the guidance redirector has flagged a category of a picture, it stays flagged to the end of the run. Off: every step "
             "is judged alone; a picture near the threshold is then redirected in some steps only.",
@@ -107,7 +118,7 @@ def _how_inputs() -> list:
     ]
 
 
-def _audit_input():
+def _audit_input() -> io.Input:
     return make_input(
         io.Combo,
         "audit_log",
@@ -126,7 +137,8 @@ def _optional_inputs() -> list:
             io.Clip,
             "clip",
             optional=True,
-            tooltip="Optional, for redirect = concept only: the model's own CLIP, which encodes the concept prompts stored in the HGR.",
+            tooltip="Optional: the model's own CLIP, which encodes the concept prompts stored in the HGR, for redirect = concept, and for both with "
+            "an HGR whose own check found it weak.",
         ),
         make_input(
             io.Conditioning,

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.model_management
@@ -12,8 +13,8 @@ from comfy_api.latest import io
 
 from ... import hgr_models
 from ...hgr_models.combined import CombinedHGR
+from ..host.schema import HGR_TYPE, make_input, make_schema
 from ..loader import HGRModel, frozen_patcher
-from ..schema import HGR_TYPE, make_input, make_schema
 
 
 @dataclass(eq=False)  # identity, as HGRModel
@@ -26,7 +27,7 @@ class CombinedHGRModel(HGRModel):
 _combined: WeakValueDictionary[str, CombinedHGRModel] = WeakValueDictionary()  # by hash; alive as long as a graph uses it
 
 
-def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False, device=None):
+def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False, device=None) -> Any:
     """The networks of several files in one patcher; core calls it again for a copy on another GPU.
 
     The files are read again: networks that a single HGR's patcher moves between devices cannot have a second owner.
@@ -75,7 +76,7 @@ class CombineHGR(io.ComfyNode):
     """Makes one HGR of several; see `combine`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_CombineHGR",
             display_name="SafeCFG Combine HGR",
@@ -89,11 +90,11 @@ class CombineHGR(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, hgr_1, hgr_2, hgr_3=None, hgr_4=None):
+    def execute(cls, hgr_1, hgr_2, hgr_3=None, hgr_4=None) -> io.NodeOutput:
         return io.NodeOutput(combine([hgr for hgr in (hgr_1, hgr_2, hgr_3, hgr_4) if hgr is not None]))
 
 
-def _hgr_input(number: int, optional: bool = False):
+def _hgr_input(number: int, optional: bool = False) -> io.Input:
     order = "It acts first on what several flag." if number == 1 else "It acts on what the ones before it left."
     return make_input(
         HGR_TYPE,

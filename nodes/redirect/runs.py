@@ -7,65 +7,21 @@ functions as they are).
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ... import hgr_models
+from ..host.hooks import KEY, LENT, SafeCFGError, as_float32
+from ..host.settings import ApplySettings
 from ..reporting.meter import Meter
-from .readings import Lagged, Readings
+from ..reporting.run_log import Lagged, Readings
+from .consistency import Consistency
+from .others import foreign_functions
 
-KEY = "safecfg"  # of wrappers, additional models and the run in model_options
-LENT = f"{KEY}_negative"  # a role of our own: the negative that the node lends a guider without one (lent_negative.py)
-NEGATIVE_ROLES = ("negative", "empty_negative_prompt", LENT)  # every other role of a guider's conditions is a prompt to draw
 PROBES = (0.0, 0.15, 0.4)  # where in a run the guidance redirector looks at a model that core samples without a negative
 
 logger = logging.getLogger(__name__)
-
-
-class SafeCFGError(RuntimeError):
-    """Raised when an HGR's readings are not finite, and in strict mode when something cannot be redirected; the model stays usable."""
-
-
-@dataclass(frozen=True)
-class ApplySettings:
-    """What a `SafeCFG Apply` node was asked for, and what its HGR is for. Closures hold it: nothing in it belongs to a run.
-
-    `concepts`: per category the HGR's encoded concept prompt [tokens, extras], None where it is off; for redirect mode concept.
-    `negative`: the user's CONDITIONING for guiders without a negative.
-    """
-
-    info: hgr_models.HGRInfo
-    categories: hgr_models.CategorySettings
-    redirect: str = "both"  # condition, guidance, both or concept
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    strict: bool = False
-    remember_flagged: bool = False
-    audit_log: str = "off"  # audit.LEVELS
-    hgr_hash: str = ""
-    node_id: str | None = None  # of the SafeCFG Apply node that asked, for its meter
-    concepts: tuple[list | None, ...] = field(default=(), compare=False, repr=False)
-    hgr_name: str = "the HGR"  # its file, for messages
-    negative: list | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def identity(self) -> tuple:
-        """What decides about the pictures: equal for two executions of the same node."""
-        return self.hgr_hash, self.categories, self.redirect, self.start_percent, self.end_percent, self.remember_flagged
-
-    @property
-    def by_condition(self) -> bool:
-        return self.redirect in ("both", "condition", "concept")
-
-    @property
-    def by_guidance(self) -> bool:
-        return self.redirect in ("both", "guidance", "concept")
-
-    @property
-    def by_concept(self) -> bool:
-        """Both redirectors then only judge."""
-        return self.redirect == "concept"
 
 
 @dataclass(frozen=True)
@@ -78,8 +34,8 @@ class Window:
     @classmethod
     def of(cls, model_sampling, start_percent: float, end_percent: float) -> "Window":
         """The window of a part of the schedule; open ends reach any sigma, sigma 0 included."""
-        high = float("inf") if start_percent <= 0 else _float32(model_sampling.percent_to_sigma(start_percent))
-        low = -1.0 if end_percent >= 1 else _float32(model_sampling.percent_to_sigma(end_percent))
+        high = float("inf") if start_percent <= 0 else as_float32(model_sampling.percent_to_sigma(start_percent))
+        low = -1.0 if end_percent >= 1 else as_float32(model_sampling.percent_to_sigma(end_percent))
         return cls(low, high)
 
     @property
@@ -91,26 +47,11 @@ class Window:
         return self.full or self.low < float(sigma.flatten()[0]) <= self.high
 
 
-def _float32(value) -> float:
-    return float(np.float32(float(value)))
-
-
-def is_active(conditions: list[dict] | None, sigma: Tensor) -> bool:
-    """Whether core evaluates any of these conditions at a noise level; of the others its output is zeros."""
-    if not conditions:
-        return False
-    bounds = [(c.get("timestep_start"), c.get("timestep_end")) for c in conditions]
-    if any(start is None and end is None for start, end in bounds):
-        return True
-    now = float(sigma.flatten()[0])  # core reads it too where a condition has bounds
-    return any((start is None or now <= _float32(start)) and (end is None or now >= _float32(end)) for start, end in bounds)
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """One call of the model on a latent x (B, C, *spatial) at noise levels sigma (B,), as core's hooks describe it."""
 
-    model: object
+    model: Any
     x: Tensor
     sigma: Tensor
     model_options: dict
@@ -135,13 +76,17 @@ class Concepts:
     prompts: list[FlaggedPrompt] = field(default_factory=list)
     guards: dict[str, hgr_models.FlaggedConceptGuard] = field(default_factory=dict)  # per guidance direction
 
+    def add(self, role: str, name: object, weights: Tensor) -> None:
+        """Takes down a flagged prompt."""
+        self.prompts.append(FlaggedPrompt(role, name, weights))
+
 
 @dataclass(eq=False)
 class Run:
     """One sampling run. Evaluation: one call of the model with all its conditions."""
 
     settings: ApplySettings
-    guider: object = None
+    guider: Any = None
     window: Window = Window(-1.0, float("inf"))
     steps: int = 1  # inside the window
     latent_shapes: tuple = ()  # of the latents that core packed into one (audio and video)
@@ -157,17 +102,33 @@ class Run:
     evaluated: bool = False  # this evaluation: the model ran
     handled: bool = False  # this evaluation: a hook saw the guidance
     handled_input: Tensor | None = None
+    handled_late: list[Tensor] = field(default_factory=list)  # this evaluation: predictions that were redirected after pre_cfg
+    withheld: bool = False  # this evaluation: another node took the prompt away from core
+    sampler: Any = None
+    foreign: bool = False  # code of another pack stands in for core's sampling function or guider
+    consistency: Consistency = field(default_factory=Consistency)
+    patch_text: Any = None  # patch_text.PatchText: prompts in other nodes' patches
     input: Tensor | None = None
     last_denoised: Tensor | None = None  # the sampler's last denoised latent
     noticed: set[str] = field(default_factory=set)
 
-    def __post_init__(self):
+    def __deepcopy__(self, memo) -> "Run":
+        """Itself: some packs deep-copy a run's model options in every step, and this is still the same run."""
+        return self
+
+    def __post_init__(self) -> None:
         self.readings = Readings(self.settings.info, self.settings.categories)
         self.meter = Meter(self.settings.node_id, self.readings)
 
     @property
     def guider_name(self) -> str:
         return type(self.guider).__name__ if self.guider is not None else "This sampler"
+
+    @property
+    def path(self) -> str:
+        """The guider, with the packs that stand in for core's sampling code."""
+        others = foreign_functions()
+        return f"{self.guider_name} ({', '.join(others)} replaced ComfyUI's sampling code)" if others else self.guider_name
 
     @property
     def is_dual(self) -> bool:
@@ -177,19 +138,23 @@ class Run:
     def notice(self, message: str) -> None:
         """Warns once in this run; in strict mode raises SafeCFGError."""
         if self.settings.strict:
-            raise SafeCFGError(f"SafeCFG (strict): {message}")
+            raise SafeCFGError(f"SafeCFG (strict): {message}{self.settings.refusal}")
         if message not in self.noticed:
             self.noticed.add(message)
             logger.warning("SafeCFG: %s", message)
 
     def begin(self, x: Tensor) -> None:
         """A new evaluation of the latent x."""
-        self.evaluated = self.handled = False
+        self.evaluated = self.handled = self.withheld = False
         self.evaluation += 1
+        if self.evaluation == 1:
+            of_guider = type(self.guider).__module__.partition(".")[0]
+            self.foreign = bool(foreign_functions()) or of_guider not in ("comfy", "comfy_extras")
         self.input, self.handled_input = x, None
 
     def end(self) -> None:
         self.input = self.handled_input = None
+        self.handled_late.clear()
 
     def mark_handled(self, x: Tensor) -> None:
         self.handled, self.handled_input = True, x
@@ -201,7 +166,7 @@ class Run:
 
     def probe_due(self) -> bool:
         """Counts an evaluation without a negative; True at the probes, as long as the last one was flagged, and always where
-        redirect mode concept has a flagged prompt to redirect."""
+        a concept's row has a flagged prompt to act on."""
         due = {int(part * self.steps) for part in PROBES}
         self.probes += 1
         flagged = self.flagged_probe.take()
@@ -209,7 +174,9 @@ class Run:
 
     def clear(self) -> None:
         """Lets go of everything that belongs to the run."""
-        self.guider = None
+        self.patch_text = None
+        self.consistency.clear()
+        self.guider = self.sampler = None
         for network in self.networks:
             hgr_models.release_packed(network)
         self.networks.clear()
@@ -223,12 +190,18 @@ class Run:
         self.end()
 
 
+def weight_patches(model) -> tuple:
+    """What tells whether a MODEL got another LoRA or merge: how many patches each weight has, and LoRAs that core injects."""
+    counts = {key: len(patches) for key, patches in model.patches.items()}
+    return counts, sorted(key for key in getattr(model, "injections", {}) if "lora" in key.lower())
+
+
 def run_of(model_options: dict | None) -> Run | None:
     """The run that these model options belong to; None outside a run that SafeCFG follows."""
     return (model_options or {}).get(KEY)
 
 
-def patcher_of(model_patcher):
+def patcher_of(model_patcher) -> Any:
     """The HGR's patcher that a MODEL carries (a copy on another GPU carries its own); None when another node removed it."""
     models = model_patcher.get_additional_models_with_key(KEY) if model_patcher is not None else []
     return models[0] if models else None

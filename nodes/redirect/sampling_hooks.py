@@ -1,37 +1,31 @@
 """Wrappers around a whole sampling run: repair, strictness, the condition redirector, and a clean end."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..concept import concept_mode
-from ..families import check_family
-from ..reporting import audit, traces
-from . import conditions, guidance_hooks
-from .finite import check_run
-from .lent_negative import lend_negative
-from .runs import KEY, NEGATIVE_ROLES, ApplySettings, Run, Window, patcher_of, run_of
-
-PRE_CFG, CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
+from ..host.families import check_family
+from ..host.hooks import CFG, KEY, NEGATIVE_ROLES, POST_CFG, PRE_CFG, SafeCFGError, is_training, put_hooks
+from ..host.settings import ApplySettings
+from ..reporting import audit, status, traces
+from . import concept_mode, conditions, guidance_hooks
+from .conditions import lend_negative
+from .nan_guard import check_run
+from .others import guarded
+from .patch_text import PatchText
+from .runs import Run, Window, patcher_of, run_of, weight_patches
 
 logger = logging.getLogger(__name__)
 
 
-def put_hooks(model_options: dict, hooks: dict) -> None:
-    """Makes our hooks the first of their lists, once, whatever another node made of the lists; {} removes them."""
-    for name in (PRE_CFG, POST_CFG):
-        others = model_options.get(name, [])
-        others = list(others) if isinstance(others, (list, tuple)) else [others]
-        ours = [hooks[name]] if name in hooks else []
-        model_options[name] = ours + [f for f in others if not getattr(f, "_safecfg", False)]
-
-
 def make_hooks(settings: ApplySettings) -> dict:
     """Our CFG hooks by list, tagged so that they can be found again."""
-    hooks = {PRE_CFG: guidance_hooks.make_watch(settings)}
-    if settings.by_guidance:
+    hooks: dict[str, Any] = {PRE_CFG: guidance_hooks.make_watch(settings)}
+    if settings.sees_guidance:
         hooks = {PRE_CFG: guidance_hooks.make_pre_cfg(settings), POST_CFG: guidance_hooks.make_post_cfg(settings)}
     for hook in hooks.values():
         hook._safecfg = True
@@ -49,12 +43,12 @@ def make_wrappers(settings: ApplySettings) -> dict:
     }
 
 
-def make_outer_sample(settings: ApplySettings):
+def make_outer_sample(settings: ApplySettings) -> Callable:
     """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
 
     def outer_sample(
         executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None, **kwargs
-    ):
+    ) -> Any:
         guider, options = executor.class_obj, executor.class_obj.model_options
         if is_training(sampler):
             put_hooks(options, {})
@@ -62,22 +56,29 @@ def make_outer_sample(settings: ApplySettings):
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
         check_family(guider.model_patcher, settings.info)  # a node after Apply may have patched the sampling
         put_hooks(options, make_hooks(settings))
-        if settings.by_guidance and CFG in options:
+        if settings.sees_guidance and CFG in options:
             options[CFG] = guidance_hooks.wrap_cfg(options[CFG])
         run = options[KEY] = _start_run(settings, guider, sigmas)
+        run.sampler = sampler
         run.latent_shapes = tuple(kwargs.get("latent_shapes") or ())
         if settings.by_concept:
             concept_mode.start(run, sigmas, kwargs)
         lend_negative(guider, settings)
         try:
             _notice_missing_negative(run)
+            _notice_later_weights(run)
             _audit(run, [])
             callback = _keep_denoised(run, callback)
             output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+            _check_path(run, sigmas)
             check_run(run, output)
             _finish(run, output, seed)
             return output
+        except SafeCFGError as error:
+            _stopped(run, str(error))
+            raise
         finally:
+            run.patch_text.restore(run)
             options.pop(KEY, None)
             run.clear()
 
@@ -88,17 +89,17 @@ def _start_run(settings: ApplySettings, guider, sigmas) -> Run:
     sampling = guider.model_patcher.get_model_object("model_sampling")
     window = Window.of(sampling, settings.start_percent, settings.end_percent)
     steps = sum(map(window.contains, sigmas[:-1].cpu()))
-    run = Run(settings, guider, window, max(1, steps))
+    run = Run(settings, guider, window, max(1, steps), patch_text=PatchText())
     run.meter.steps = max(1, len(sigmas) - 1)
     return run
 
 
-def _keep_denoised(run: Run, callback):
+def _keep_denoised(run: Run, callback) -> Callable | None:
     """A sampler's callback that keeps the last denoised latent for the run's end: SamplerCustom's second output is made of it."""
     if callback is None:
         return None
 
-    def keep_denoised(step, x0, *args, **kwargs):
+    def keep_denoised(step, x0, *args, **kwargs) -> Any:
         run.last_denoised = x0
         return callback(step, x0, *args, **kwargs)
 
@@ -117,7 +118,14 @@ def _finish(run: Run, output: torch.Tensor, seed: int | None) -> None:
         latents.append(run.guider.model_patcher.model.process_latent_out(run.last_denoised.cpu()))  # as SamplerCustom does
     traces.remember(found, settings.identity, latents)
     _audit(run, found)
-    run.meter.show_end(found)
+    notices = tuple(sorted(run.noticed))  # that of the audit log among them
+    run.meter.show_end(found, notices)
+    status.report(settings.node_id, status.describe(found, notices))
+
+
+def _stopped(run: Run, reason: str) -> None:
+    run.meter.show_stopped(reason)
+    status.report(run.settings.node_id, f"the run was stopped: {reason}")
 
 
 def _audit(run: Run, found: list[traces.ImageTrace]) -> None:
@@ -143,12 +151,31 @@ def _notice_missing_negative(run: Run) -> None:
         )
 
 
-def is_training(sampler) -> bool:
-    """Whether core trains a LoRA with this sampler."""
-    return bool(getattr(comfy.model_management, "in_training", False)) or type(sampler).__name__ == "TrainSampler"
+def _check_path(run: Run, sigmas) -> None:
+    """For the end of a run: whether its evaluations came to us, and what became of our results."""
+    if run.evaluation == 0 and len(sigmas) > 1:
+        run.notice(f"{run.path}: {type(run.sampler).__name__} drew without asking its guider: nothing was redirected.")
+    if run.consistency.ignored():
+        run.notice(f"{run.path} does not use the redirected guidance that it was given: this picture is not redirected.")
 
 
-def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
+def _notice_later_weights(run: Run) -> None:
+    """A LoRA or a merge behind SafeCFG: nobody compared its weights with the HGR's base."""
+    if weight_patches(run.guider.model_patcher) != run.settings.weights:
+        run.notice(
+            "the model's weights were patched behind SafeCFG Apply (a LoRA, a merge), which nobody compared with what the HGR was "
+            "trained for. Put SafeCFG Apply last: behind every LoRA and merge, before the sampler."
+        )
+
+
+@guarded("redirect the prompts", lambda run, *_: (run.guider.model_options, run.guider))
+def _redirect_prompts(run: Run, patcher, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    conds = conditions.redirect_conditions(run, patcher, conds)
+    run.patch_text.find_all(run, patcher, conds)
+    return conds
+
+
+def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs) -> Any:
     """PREPARE_SAMPLING wrapper: rewrites the run's conditions as soon as the HGR is loaded with the model."""
     real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
     run = run_of(kwargs.get("model_options") or (args[0] if args else None))
@@ -156,11 +183,13 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
         if (patcher := patcher_of(model)) is None:
             run.notice(f"{run.guider_name}: another node removed the HGR from the model; its prompts are not redirected.")
         else:
-            conds = conditions.redirect_conditions(run, patcher, conds)
+            conds = _redirect_prompts(run, patcher, conds)
     return real_model, conds, models
 
 
-def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+def sampler_sample(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs
+) -> Any:
     """SAMPLER_SAMPLE wrapper: here the conditions are encoded, and those that act for a part of the run are split."""
     run = run_of(guider.model_options)
     if run is not None and run.split_roles:

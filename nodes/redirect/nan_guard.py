@@ -7,7 +7,9 @@ error comes where the readings are fetched: for prompts before the first step, f
 import torch
 from torch import Tensor
 
-from .runs import Run, SafeCFGError
+from ..host.hooks import SafeCFGError
+from .others import others_of
+from .runs import Run
 
 WHAT_TO_DO = (
     "Load another HGR, or train this one again. If the model or its CLIP runs in half precision, start ComfyUI with --force-fp32 "
@@ -36,14 +38,29 @@ def check_run(run: Run, output: Tensor) -> None:
     finite = torch.isfinite(output).flatten(1).all(dim=1).cpu().numpy()
     if (run.readings.unread(len(output)) & finite).any():
         raise SafeCFGError(
-            f"SafeCFG: the model's own output was not finite (NaN or infinity) at a step of this run, so {run.settings.hgr_name} could "
-            "not judge it. Run the model in another precision (start ComfyUI with --force-fp32, or load it as bf16)."
+            f"SafeCFG: {_maker(run)} was not finite (NaN or infinity) at a step of this run, so {run.settings.hgr_name} could not judge it. "
+            f"{_what_to_do(run)}"
         )
     if not finite.all():
         run.notice(
-            "the latents of this run are not finite (NaN or infinity), most likely because the model's own output was not; do not use "
-            "the picture. Run the model in another precision (start ComfyUI with --force-fp32, or load it as bf16)."
+            f"the latents of this run are not finite (NaN or infinity), most likely because {_maker(run)} was not; do not use the picture. "
+            f"{_what_to_do(run)}"
         )
+
+
+def _others(run: Run) -> str:
+    return ", ".join(others_of(getattr(run.guider, "model_options", None), run.guider, run.sampler))
+
+
+def _maker(run: Run) -> str:
+    """Whose values are not finite: the model's, unless others had their hands on them."""
+    others = _others(run)
+    return f"what the model and other nodes on its path ({others}) gave" if others else "the model's own output"
+
+
+def _what_to_do(run: Run) -> str:
+    first = "Try without those nodes; else run" if _others(run) else "Run"
+    return f"{first} the model in another precision (start ComfyUI with --force-fp32, or load it as bf16)."
 
 
 def _error(run: Run, did: str) -> SafeCFGError:
