@@ -4,13 +4,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from ...hgr_models.detection import Detection, Looks, picture_thresholds
+from ..host.schema import HGR_TYPE, make_input, make_schema
 from ..reporting import drawing
-from ..schema import HGR_TYPE, make_input, make_schema
 from . import scores as texts
-from .looking import check_pictures, encode, heat_map, look
+from .detector import check_pictures, check_sees_pictures, encode, heat_map, look
 
 
-def detect_pictures(model, hgr, negative, positive, pictures, vae, longest_side: int, looks: Looks):
+def detect_pictures(model, hgr, negative, positive, pictures, vae, longest_side: int, looks: Looks) -> tuple:
     """A Detection of pictures (B, H, W, 3), and the parts (height, width) of its places that show them."""
     check_pictures(pictures)
     if vae is None:
@@ -46,7 +46,7 @@ class DetectHarm(io.ComfyNode):
     """Looks at noised pictures with the model; see `hgr_models.detection`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_DetectHarm",
             display_name="SafeCFG Detect Harm",
@@ -60,13 +60,14 @@ class DetectHarm(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, hgr, negative, threshold, categories, longest_side, draws, fixed_seed,
+        cls, model, hgr, negative, threshold=0.0, categories="", longest_side=0, draws=1, fixed_seed=0,
         image=None, latent=None, vae=None, positive=None,
-    ):  # fmt: skip
+    ) -> io.NodeOutput:  # fmt: skip
         if (image is None) == (latent is None):
             raise ValueError(
                 f"Expected an image or a latent, but got {'neither' if image is None else 'both'}. Connect one of them."
             )
+        check_sees_pictures(hgr)  # before its thresholds, which it then does not have
         stored = () if threshold > 0 else picture_thresholds(hgr.info, hgr.path)
         rules = texts.Rules.of(hgr.info, stored, threshold, categories)
         looks, parts = Looks(draws=draws, seed=fixed_seed), (1.0, 1.0)
@@ -78,7 +79,8 @@ class DetectHarm(io.ComfyNode):
         heat = heat_map(found, rules.counted, tuple(image.shape[1:3]), parts)
         drawn = preview(rules, found, image, heat)
         flagged = rules.flags(found.scores)
-        text = texts.write(rules, "images", found.scores, with_prompt=positive is not None)
+        with_prompt = positive is not None and hgr.patcher.model.condition is not None
+        text = texts.write(rules, "images", found.scores, with_prompt=with_prompt)
         results = (max(rules.harmfulness(found.scores)), text, any(flagged), flagged, heat, drawn)
         return io.NodeOutput(*results, ui=ui.PreviewImage(drawn, cls=cls))
 
@@ -128,19 +130,7 @@ def _how_inputs() -> list:
         kind, name, default=default, min=low, max=high, tooltip=text, **more
     )
     return [
-        number(
-            io.Float, "threshold", 0.0, 0.0, 1.0,
-            "0 to 1. 0: the thresholds stored in the HGR, calibrated on clean pictures. Above 0: this one for every category.",
-            step=0.01,
-        ),
-        make_input(
-            io.String,
-            "categories",
-            default="",
-            multiline=True,
-            placeholder="violence = off",
-            tooltip="Categories that do not count: `violence = off`. Those not named count. Empty: all of them.",
-        ),
+        *texts.rule_inputs("pictures"),
         number(
             io.Int, "longest_side", 0, 0, 8192,
             "In pixels. Larger pictures are scaled down to it first; choose what your model draws best (512 for Stable Diffusion 1.5). "
@@ -154,7 +144,7 @@ def _how_inputs() -> list:
             advanced=True,
         ),
         # Not `seed`: the front end would give that a control that changes it after every run.
-        number(io.Int, "fixed_seed", 0, 0, 2**53 - 1, "Of the noise. The same seed gives the same scores.", advanced=True),
+        number(io.Int, "fixed_seed", 0, 0, 2**53 - 1, "Of the noise. The same seed gives the same scores.", advanced=True, display_name="noise_seed"),
     ]  # fmt: skip
 
 

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..host.schema import make_input, make_schema
 from ..reporting import drawing
-from ..schema import make_input, make_schema
 from . import scores
+
+NOTICE = "This picture was held back."
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,12 @@ def decide(count: int, texts: list[str] | None, flags: list[bool] | None, thresh
         raise ValueError("Expected `scores` or `flagged`, but neither is connected. Connect those of SafeCFG Detect Harm.")
     if texts is None and threshold > 0:
         raise ValueError(f"A threshold of your own ({threshold}) needs scores to compare: connect `scores`, or set it to 0.")
-    held = (
+    held: list[list[bool | None]] = (
         [[None if item is None else _is_harmful(item, threshold) for text in texts for item in scores.read(text)]]
         if texts
         else []
     )
-    held += [] if flags is None or threshold > 0 else [flags]
+    held += [] if flags is None or threshold > 0 else [[*flags]]
     for known in held:
         if len(known) > count:
             raise ValueError(
@@ -68,7 +70,7 @@ class ImageGate(io.ComfyNode):
     """Takes whole batches with the lists of their scores, so it gets every input as a list."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_ImageGate",
             display_name="SafeCFG Image Gate",
@@ -88,7 +90,9 @@ class ImageGate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, mode, threshold, blur_cells, notice, scores=None, flagged=None):
+    def execute(
+        cls, images, mode=("blur",), threshold=(0.0,), blur_cells=(8,), notice=(NOTICE,), scores=None, flagged=None
+    ) -> io.NodeOutput:
         pictures = _one_batch(images)
         held = decide(len(pictures), scores, flagged, threshold[0])
         act = {
@@ -148,7 +152,7 @@ def _action_inputs() -> list:
         make_input(
             io.String,
             "notice",
-            default="This picture was held back.",
+            default=NOTICE,
             tooltip="What a replaced picture says, in Latin letters.",
         ),
         make_input(

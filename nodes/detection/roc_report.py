@@ -15,9 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...hgr_models.calibration import upper_bound
 from ...hgr_models.detection import Roc, roc, threshold_at
+from ..host.schema import HGR_TYPE, make_input, make_schema
 from ..reporting import drawing
-from ..schema import HGR_TYPE, make_input, make_schema
-from .looking import check_pictures, detect_prompts, encode, look
+from .detector import check_pictures, detect_prompts, encode, look
 
 KINDS = ("harmful", "clean")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -145,7 +145,7 @@ class RocReport(io.ComfyNode):
     """Scores examples of both kinds; see `report`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_RocReport",
             display_name="SafeCFG ROC Report",
@@ -169,21 +169,21 @@ class RocReport(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
+    def fingerprint_inputs(cls, **inputs) -> str | float:
         """Files may change behind the same folder name; values that come from other nodes are not known here."""
-        if inputs.get("source") != "pictures":
+        if inputs.get("source", "pictures") != "pictures":
             return ""
         try:
-            files = picture_files(inputs.get("folder") or "")
+            files = picture_files(inputs.get("folder", "roc") or "")
         except ValueError as error:  # `execute` will say it
             return str(error)
         return str([(file.name, file.stat().st_mtime_ns, file.stat().st_size) for kind in KINDS for file in files[kind]])
 
     @classmethod
     def execute(
-        cls, hgr, source, false_positive_rate, folder, longest_side, harmful_prompts, clean_prompts,
-        model=None, vae=None, negative=None, clip=None,
-    ):  # fmt: skip
+        cls, hgr, source="pictures", false_positive_rate=0.01, folder="roc", longest_side=0, harmful_prompts="a knife",
+        clean_prompts="an apple", model=None, vae=None, negative=None, clip=None,
+    ) -> io.NodeOutput:  # fmt: skip
         if source == "pictures":
             found = score_pictures(folder, hgr, model, vae, negative, longest_side)
         else:

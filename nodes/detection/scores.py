@@ -10,9 +10,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ... import hgr_models
+from ..host.schema import make_input
+
+
+def rule_inputs(what: str) -> list:
+    """The widgets from which `Rules` are made, for nodes that judge `what`."""
+    return [
+        make_input(
+            io.Float,
+            "threshold",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip=f"0 to 1. 0: the thresholds stored in the HGR, calibrated on clean {what}. Above 0: this one for every category.",
+        ),
+        make_input(
+            io.String,
+            "categories",
+            default="",
+            multiline=True,
+            placeholder="all on; NAME = off",
+            tooltip="Categories that do not count: `violence = off`. Those not named count. Empty: all of them.",
+        ),
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models.detection import Detection, Looks, Seen, detect, prompt_scores
-from ..families import TOKENS, check_family, family_of_hgr, read_text
-from ..redirect.guidance_hooks import CACHES
-from ..redirect.runs import KEY, is_active
-from ..training.bare import without_safecfg
+from ..host.embedded import IDS, embedded
+from ..host.families import OTHER_TEXT, check_family, family_of_hgr, read_text, rows_shown
+from ..host.hooks import CACHES, KEY, is_active, without_safecfg
+from ..host.more_tokens import TOKENS
 
 SMALLEST = 16  # of a latent's sides: a UNet halves it three times, and cannot normalise a single value
 
@@ -40,28 +41,48 @@ def detect_prompts(hgr, conditioning: list) -> torch.Tensor:
     return torch.cat([_judge(hgr, index, entry) for index, entry in enumerate(conditioning, start=1)])
 
 
-def _prompts_of(hgr, positive: list | None, count: int) -> torch.Tensor | None:
+def _prompts_of(model, hgr, positive: list | None, count: int) -> torch.Tensor | None:
     """Harmfulness (count, K) of the prompts of `count` pictures, rows repeated as core does; None where none can be judged.
 
     The worst of several entries counts. A prompt without text that can be read (image prompts) is left to the other views.
     """
     if hgr.patcher.model.condition is None:
+        if positive:
+            logger.warning("SafeCFG: %s has no condition redirector, so the prompt's own harm is not judged.", hgr.path)
         return None
-    readable = [entry for entry in positive or () if _text_of(hgr, entry)[0] is not None]
+    positive = [
+        [condition.pop(TOKENS, None), condition] for condition in (embedded(model, _condition(entry)) for entry in positive or ())
+    ]
+    readable = [entry for entry in positive if _text_of(hgr, entry)[0] is not None]
     if not readable:
         return None
     comfy.model_management.load_models_gpu([hgr.patcher])
-    rows = [comfy.utils.repeat_to_batch_size(_judge(hgr, i, entry), count) for i, entry in enumerate(readable, start=1)]
+    rows = [_in_pictures(_judge(hgr, i, entry), entry, count) for i, entry in enumerate(readable, start=1)]
     return torch.stack(rows).amax(dim=0)
 
 
-def _text_of(hgr, entry):
+def _in_pictures(found: torch.Tensor, entry, count: int) -> torch.Tensor:
+    """Harmfulness (count, K) of an entry's prompts in every picture: rows repeated as core does, 0 where its mask leaves the picture out."""
+    found, shown = comfy.utils.repeat_to_batch_size(found, count), rows_shown(entry[1], count)
+    return found if shown is None else found * shown[:, None]
+
+
+def _condition(entry) -> dict:
     tokens, extra = entry
-    return read_text({**extra, **({} if tokens is None else {TOKENS: tokens})}, hgr.info)
+    return {**extra, **({} if tokens is None else {TOKENS: tokens})}
+
+
+def _text_of(hgr, entry) -> Any:
+    return read_text(_condition(entry), hgr.info)
 
 
 def _judge(hgr, index: int, entry) -> torch.Tensor:
     text, problems = _text_of(hgr, entry)
+    if IDS in entry[1]:
+        raise ValueError(
+            f"Prompt {index} is for a model that embeds {OTHER_TEXT[IDS]} itself: it can only be judged with that model. Use SafeCFG Detect "
+            "Harm with the model and the positive prompt."
+        )
     if text is None:
         raise ValueError(
             f"Prompt {index} has no text that this HGR can judge ({', '.join(problems) or 'no tokens'}). Connect a prompt from CLIP Text "
@@ -82,9 +103,12 @@ class Looking(comfy.samplers.Sampler):
     """A sampler for core's guiders that looks at the latents instead of sampling; `found` is the Detection."""
 
     def __init__(self, patcher, looks: Looks, prompts: Tensor | None):
-        self.patcher, self.looks, self.prompts, self.found = patcher, looks, prompts, None
+        self.patcher, self.looks, self.prompts = patcher, looks, prompts
+        self.found: Detection | None = None
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
         model, conds, device = model_wrap.inner_model, model_wrap.conds, self.patcher.load_device
 
         def see(part: float, noise: Tensor) -> Seen:
@@ -111,28 +135,38 @@ def look(model, hgr, latents: Tensor, negative: list, positive: list | None = No
     The MODEL is evaluated as it is, with its patches and LoRAs, but without SafeCFG Apply and caches. Raises HGRError for an
     HGR of another family, or one without a guidance redirector.
     """
+    check_sees_pictures(hgr)
     check_family(model, hgr.info)
     hgr = hgr.on(model.load_device)
-    if hgr.patcher.model.guidance is None:
-        raise hgr_models.HGRError(
-            f"Detecting harm in pictures needs a guidance redirector, but {hgr.path} has none. "
-            "Load another HGR; this one can only judge prompts (SafeCFG Detect Prompt Harm)."
-        )
-    _check_latents(latents, hgr.info)
-    bare = without_safecfg(model, CACHES)
-    bare.set_additional_models(KEY, [hgr.patcher])  # core loads the HGR beside the model
-    guider = comfy.samplers.CFGGuider(bare)
+    _check_latents(latents, hgr.info, model)
+    unpatched = without_safecfg(model, CACHES)
+    unpatched.set_additional_models(KEY, [hgr.patcher])  # core loads the HGR beside the model
+    guider = comfy.samplers.CFGGuider(unpatched)
     guider.inner_set_conds({"negative": negative, **({} if positive is None else {"positive": positive})})
     levels = [float(model.get_model_object("model_sampling").percent_to_sigma(part)) for part in looks.levels]
-    sampler = Looking(hgr.patcher, looks, _prompts_of(hgr, positive, len(latents)))
-    guider.sample(torch.zeros_like(latents), latents, sampler, torch.tensor([*levels, 0.0]), disable_pbar=True, seed=looks.seed)
+    sampler = Looking(hgr.patcher, looks, _prompts_of(model, hgr, positive, len(latents)))
+    noise = latents.new_zeros(_shape_sampled(model, latents))
+    guider.sample(noise, latents, sampler, torch.tensor([*levels, 0.0]), disable_pbar=True, seed=looks.seed)
+    assert sampler.found is not None  # the guider has called it
     return Detection(sampler.found.scores.cpu(), sampler.found.places.cpu())
 
 
-def _check_latents(latents: Tensor, info: hgr_models.HGRInfo) -> None:
+def check_sees_pictures(hgr) -> None:
+    """Raises HGRError for an HGR without a guidance redirector: its view of pictures was never trained."""
+    if hgr.patcher.model.guidance is not None:
+        return
+    how = "was trained from prompts alone" if hgr.info.of_prompts else "was trained for prompts only"
+    raise hgr_models.HGRError(
+        f"Detecting harm in pictures needs a guidance redirector, but {hgr.path} has none: it {how}, and judges only those (SafeCFG "
+        "Detect Prompt Harm). Load another HGR, or train one with `train` = prompts + guidance in SafeCFG Train HGR."
+    )
+
+
+def _check_latents(latents: Tensor, info: hgr_models.HGRInfo, model=None) -> None:
     if getattr(latents, "is_nested", False):
         raise ValueError("Expected latents of pictures, but got nested ones (audio and video together); split them first.")
-    if latents.ndim != info.latent_dimensions + 2 or latents.shape[1] != info.latent_channels:
+    shape = tuple(latents.shape) if model is None else _shape_sampled(model, latents)
+    if len(shape) != info.latent_dimensions + 2 or shape[1] != info.latent_channels:
         raise ValueError(
             f"Expected latents with {info.latent_channels} channels and {info.latent_dimensions} dimensions "
             f"({family_of_hgr(info)}), but got the shape {tuple(latents.shape)}. Connect the VAE that belongs to the model."
@@ -140,6 +174,14 @@ def _check_latents(latents: Tensor, info: hgr_models.HGRInfo) -> None:
     if 0 in latents.shape:
         raise ValueError(f"Expected at least one latent, but got the shape {tuple(latents.shape)}.")
     _check_finite(latents, "latent")
+
+
+def _shape_sampled(model, latents: Tensor) -> tuple[int, ...]:
+    """The shape in which a MODEL samples a LATENT: a format may fold frames into channels (HunyuanImage's refiner)."""
+    try:
+        return tuple(model.model.process_latent_in(latents).shape)
+    except (RuntimeError, IndexError):  # another model's
+        return tuple(latents.shape)
 
 
 def check_pictures(pictures: Tensor) -> None:
