@@ -5,17 +5,19 @@ the HGR judges the guidance as the model gave it, and the concepts act on what i
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ... import hgr_models
-from ..redirect.guidance_hooks import without_caches
-from ..redirect.runs import SafeCFGError, is_active
-from ..redirect.sampling_hooks import PRE_CFG, is_training
-from .concept_rows import encode_rows, past_warm_up, run_facts, unconditional_of, units_of, warm_up_limit
+from ...hgr_models.concept_removal import ConceptRemoval, CRGSettings, noise_ratio
+from ..host.concept_rows import encode_rows, past_warm_up, run_facts, unconditional_of, units_of, warm_up_limit
+from ..host.families import prediction_of
+from ..host.hooks import PRE_CFG, SafeCFGError, is_active, is_training, without_caches
 
 KEY = "safecfg_concept"  # of wrappers and of the run in model_options
 
@@ -29,6 +31,12 @@ class ConceptSettings:
     sld: hgr_models.SLDSettings
     concepts: tuple[list, ...]
     strict: bool = False
+    crg: CRGSettings | None = None  # instead of SLD and CASG: of the first concept
+
+    @property
+    def acts(self) -> bool:
+        """Whether the settings change anything."""
+        return (self.sld if self.crg is None else self.crg).scale > 0
 
 
 @dataclass(eq=False)
@@ -39,11 +47,15 @@ class ConceptRun:
     guider: object
     limit: float  # the highest sigma after the warm-up
     extra: dict  # what this host's core gives a condition's encoding besides the usual
-    guard: hgr_models.ConceptGuard
+    guard: hgr_models.ConceptGuard | ConceptRemoval | None
     conditions: list[dict] = field(default_factory=list)  # the concepts, encoded for the model
     evaluated: bool = False  # this evaluation: the model ran
     handled: bool = False  # this evaluation: our hook saw the guidance
     noticed: set[str] = field(default_factory=set)
+
+    def __deepcopy__(self, memo) -> "ConceptRun":
+        """Itself, as `Run`."""
+        return self
 
     @property
     def guider_name(self) -> str:
@@ -92,18 +104,19 @@ def make_wrappers(settings: ConceptSettings) -> dict:
     }
 
 
-def make_outer_sample(settings: ConceptSettings):
+def make_outer_sample(settings: ConceptSettings) -> Callable:
     """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
 
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> Any:
         guider, options = executor.class_obj, executor.class_obj.model_options
         if is_training(sampler):
             put_hook(options)
             logger.warning("SafeCFG Concept Guidance: not applied while training: a LoRA learns from the model as it is.")
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         put_hook(options, make_pre_cfg(settings))
-        limit, guard = warm_up_limit(settings.sld, sigmas), hgr_models.ConceptGuard(settings.sld)
-        run = ConceptRun(settings, guider, limit, run_facts(kwargs), guard)
+        run = ConceptRun(
+            settings, guider, warm_up_limit(settings.sld, sigmas), run_facts(kwargs), _guard(settings, guider, sigmas)
+        )
         options[KEY] = run
         try:
             if unconditional_of(guider) is None:
@@ -117,7 +130,17 @@ def make_outer_sample(settings: ConceptSettings):
     return outer_sample
 
 
-def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+def _guard(settings: ConceptSettings, guider, sigmas: Tensor) -> hgr_models.ConceptGuard | ConceptRemoval:
+    """What steers a run over `sigmas` (S + 1,)."""
+    if settings.crg is None:
+        return hgr_models.ConceptGuard(settings.sld)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    return ConceptRemoval(settings.crg, noise_ratio(sigmas, prediction_of(sampling)))
+
+
+def sampler_sample(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs
+) -> Any:
     """SAMPLER_SAMPLE wrapper: core has encoded the run's conditions for the model; so are the concepts, in the same way."""
     if (run := run_of(guider.model_options)) is not None:
         facts = {"latent_image": latent_image, "denoise_mask": denoise_mask, "seed": extra_args.get("seed"), **run.extra}
@@ -125,10 +148,10 @@ def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
 
 
-def make_pre_cfg(settings: ConceptSettings):
+def make_pre_cfg(settings: ConceptSettings) -> Callable:
     """The hook for `sampler_pre_cfg_function`."""
 
-    def pre_cfg(args):
+    def pre_cfg(args) -> list:
         outputs, conds, sigma = args["conds_out"], args["conds"], args["sigma"]
         run = run_of(args["model_options"])
         if run is None:
@@ -150,23 +173,27 @@ def make_pre_cfg(settings: ConceptSettings):
             return [_steer(run, args, outputs[base]), *outputs[1:]]
         return outputs
 
-    pre_cfg._safecfg_concept = True
+    pre_cfg._safecfg_concept = True  # type: ignore[attr-defined]
     return pre_cfg
 
 
 def _steer(run: ConceptRun, args: dict, uncond_denoised: Tensor) -> Tensor:
     """The prompt's prediction (B, C, *spatial), steered away from the concepts."""
     model, x, sigma, cond_denoised = args["model"], args["input"], args["sigma"], args["conds_out"][0]
-    active = past_warm_up(sigma, run.limit)
+    removes = isinstance(run.guard, ConceptRemoval)
+    active = None if removes else past_warm_up(sigma, run.limit)
     if run.settings.sld.memoryless and active is not None and not active.any():
         return cond_denoised  # nothing to build up: the rows are saved
     options = without_caches(args["model_options"])
     # One row at a time needs no more memory than plain CFG. [None, concept]: patches that tell the rows apart see an unconditional.
     concepts = [comfy.samplers.calc_cond_batch(model, [None, [c]], x, sigma, options)[1] for c in run.conditions]
+    if removes:
+        ratio = noise_ratio(sigma.flatten(), prediction_of(model.model_sampling))
+        return run.guard.steer(cond_denoised, uncond_denoised, concepts[0], ratio)
     return run.guard.steer(cond_denoised, uncond_denoised, concepts, units_of(model, sigma), active)
 
 
-def predict_noise(executor, *args, **kwargs):
+def predict_noise(executor, *args, **kwargs) -> Any:
     """PREDICT_NOISE wrapper: an evaluation that our hook did not see is noticed."""
     if (run := run_of(executor.class_obj.model_options)) is None:
         return executor(*args, **kwargs)
@@ -177,7 +204,7 @@ def predict_noise(executor, *args, **kwargs):
     return out
 
 
-def calc_cond_batch(executor, model, conds, x, sigma, model_options):
+def calc_cond_batch(executor, model, conds, x, sigma, model_options) -> Any:
     """CALC_COND_BATCH wrapper: the model runs (a cache may skip it)."""
     if (run := run_of(model_options)) is not None:
         run.evaluated = True
