@@ -5,65 +5,24 @@ prompt, of one node that never validates: ComfyUI then answers 400 with the reas
 """
 
 import logging
-import os
-from dataclasses import dataclass
-from functools import cache
 from numbers import Real
+from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
 from ... import hgr_models
-from ..loader import FOLDER, HGRModel, load_hgr_model, register_folder
-from ..redirect.runs import SafeCFGError
-from ..reporting.meter import current_server
-from ..schema import make_input, make_schema
-from .enforced_graph import GUARD, REFUSED, check_nodes, rewrite
-from .enforced_model import enforced, one_per_family
-
-VARIABLE, ALLOW = "SAFECFG_ENFORCE", "SAFECFG_ENFORCE_ALLOW"
+from ..host.hooks import SafeCFGError
+from ..host.schema import make_input, make_schema
+from ..host.server import current_server
+from .answers import Refused400, answer_refusals, refused
+from .client_files import leave_out_client_folders
+from .enforced_graph import Refusal, check_nodes, rewrite
+from .enforced_model import enforced
+from .judge import EnforcedLatent, EnforcedPicture
+from .names import GUARD, REFUSED
+from .settings import enforcement, note
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Enforcement:
-    """What the environment asks for. The HGRs are read once: a file that changes later changes nothing."""
-
-    hgrs: tuple[HGRModel, ...]
-    allowed: frozenset[str]
-    problem: str = ""  # why no prompt can run
-
-
-@cache
-def enforcement() -> Enforcement | None:
-    """What is enforced in this process; None where the variable is not set."""
-    if VARIABLE not in os.environ:
-        return None
-    allowed = frozenset(_names(os.environ.get(ALLOW, "")))
-    try:
-        hgrs = tuple(one_per_family([load_hgr_model(_path(name)) for name in _names(os.environ[VARIABLE])]))
-        if not hgrs:
-            raise hgr_models.HGRError(f"{VARIABLE} is set, but empty. Name an HGR file, or unset it.")
-    except Exception as error:  # whatever it is: nothing may run
-        logger.error("SafeCFG: %s=%r: %s. No prompt will run.", VARIABLE, os.environ[VARIABLE], error)
-        return Enforcement((), allowed, f"this server is to enforce SafeCFG, but {error}")
-    about = "; ".join(f"{hgr.path} ({', '.join(hgr.info.categories)})" for hgr in hgrs)
-    logger.warning("SafeCFG: enforced for every prompt with %s; allowed besides: %s", about, ", ".join(sorted(allowed)) or "none")
-    return Enforcement(hgrs, allowed)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _path(name: str) -> str:
-    """The file of a name in models/hgr, or of a path."""
-    register_folder()
-    found = folder_paths.get_full_path(FOLDER, name) or (name if os.path.isfile(name) else None)
-    if found is None:
-        raise hgr_models.HGRError(f"there is no HGR {name!r} in models/hgr, and no such file")
-    return found
 
 
 def register() -> None:
@@ -71,14 +30,16 @@ def register() -> None:
     server = current_server()
     if server is not None and enforcement() is not None and handle not in server.on_prompt_handlers:
         server.add_on_prompt_handler(handle)
+        answer_refusals(server)
+        leave_out_client_folders(enforcement().allowed)
 
 
 def extra_nodes() -> list[type[io.ComfyNode]]:
     """The nodes that rewritten prompts have; none where nothing is enforced."""
-    return [] if enforcement() is None else [Enforced, Refused]
+    return [] if enforcement() is None else [Enforced, Refused, EnforcedLatent, EnforcedPicture]
 
 
-def handle(request):
+def handle(request) -> Any:
     """Prompt handler: the request with a prompt in which every MODEL goes through SafeCFG, or with one that cannot run."""
     try:
         server = current_server()
@@ -86,12 +47,14 @@ def handle(request):
             server.add_on_prompt_handler(handle)  # another pack's came later: look again after it, in this very round
         return _rewritten(server, request)
     except hgr_models.HGRError as error:
-        reason = str(error)
+        found = Refused400(getattr(error, "code", "refused"), str(error))
     except Exception as error:
         logger.exception("SafeCFG: a prompt could not be checked.")
-        reason = f"this prompt could not be checked ({type(error).__name__}: {error})."
-    logger.warning("SafeCFG (enforced): refused a prompt: %s", reason)
-    return {"prompt": {"safecfg": {"class_type": REFUSED, "inputs": {"reason": f"SafeCFG (enforced): {reason}"}}}}
+        found = Refused400("unchecked", f"this prompt could not be checked ({type(error).__name__}).")
+    logger.warning("SafeCFG (enforced): refused a prompt: %s [safecfg:%s]", found.reason, found.code)
+    note("refused", code=found.code, reason=found.reason)
+    refused.set(found)
+    return {"prompt": {"safecfg": {"class_type": REFUSED, "inputs": {"reason": f"SafeCFG (enforced): {found.reason}"}}}}
 
 
 def _rewritten(server, request) -> dict:
@@ -99,9 +62,10 @@ def _rewritten(server, request) -> dict:
 
     state = enforcement()
     if state.problem:
-        raise hgr_models.HGRError(state.problem)
+        raise Refusal(state.problem, "not-ready")
     if not isinstance(request, dict):
-        raise hgr_models.HGRError("expected an object with a prompt.")
+        raise Refusal("expected an object with a prompt.", "no-prompt")
+    leave_out_client_folders(state.allowed)  # a pack that came later may have listed them again
     if "prompt" not in request:
         return request  # ComfyUI refuses it
     prompt = request["prompt"]
@@ -109,14 +73,14 @@ def _rewritten(server, request) -> dict:
     if (manager := getattr(server, "node_replace_manager", None)) is not None:
         manager.apply_replacements(prompt)  # ComfyUI does it after the handlers: renamed nodes must be seen here
         check_nodes(prompt, nodes.NODE_CLASS_MAPPINGS, state.allowed)
-    return {**request, "prompt": rewrite(prompt, nodes.NODE_CLASS_MAPPINGS)}
+    return {**request, "prompt": rewrite(prompt, nodes.NODE_CLASS_MAPPINGS, state.judge, state.by_clip)}
 
 
 class Enforced(io.ComfyNode):
     """Puts SafeCFG into what passes through; see `enforced_model`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id=GUARD,
             display_name="SafeCFG Enforced",
@@ -127,20 +91,23 @@ class Enforced(io.ComfyNode):
                 make_input(io.AnyType, "value", tooltip="What passes through."),
                 make_input(io.Float, "low", optional=True, tooltip="For numbers: the lowest that is let through."),
                 make_input(io.Float, "high", optional=True, tooltip="For numbers: the highest that is let through."),
+                make_input(io.AnyType, "clip", optional=True, tooltip="For MODELs: the CLIP by which the HGR is chosen."),
             ],
             outputs=[io.AnyType.Output(display_name="value", tooltip="The same; MODELs with SafeCFG.")],
         )
 
     @classmethod
-    def execute(cls, value, low=None, high=None):
+    def execute(cls, value, low=None, high=None, clip=None) -> io.NodeOutput:
         state = enforcement()
         if state is None or state.problem:
             raise SafeCFGError("SafeCFG (enforced): nothing is enforced on this server.")
         if low is None and high is None:
-            return io.NodeOutput(enforced(value, state.hgrs))
+            return io.NodeOutput(enforced(value, state.hgrs, state.terms, clip))
         low, high = float("-inf" if low is None else low), float("inf" if high is None else high)
         if not isinstance(value, Real) or not low <= value <= high:
-            raise SafeCFGError(f"SafeCFG (enforced): expected a number from {low:g} to {high:g}, but a link gave {value!r}.")
+            raise SafeCFGError(
+                f"SafeCFG (enforced): expected a number from {low:g} to {high:g}, but a link gave {str(value)[:80]}. [safecfg:limits]"
+            )
         return io.NodeOutput(value)
 
 
@@ -148,7 +115,7 @@ class Refused(io.ComfyNode):
     """Stands in for a prompt that must not run: it never validates."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id=REFUSED,
             display_name="SafeCFG Refused",
@@ -160,9 +127,9 @@ class Refused(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, reason):
+    def validate_inputs(cls, reason) -> str | bool:
         return reason if isinstance(reason, str) and reason else "SafeCFG (enforced): refused."
 
     @classmethod
-    def execute(cls, reason):
+    def execute(cls, reason) -> io.NodeOutput:
         raise SafeCFGError(reason)
