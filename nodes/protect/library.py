@@ -1,0 +1,245 @@
+"""The HGRs of text encoders in models/hgr and among those that ship: found by what the encoder says, or made once.
+
+`find_or_make` is what SafeCFG Protect, SAFECFG_ENFORCE=auto and the node that makes them ahead call.
+"""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_execution.utils import get_executing_context
+
+from ... import hgr_models
+from ...hgr_models import pairs as pp
+from ...hgr_models.encoders import RELATED, SAME, EncoderPrint, distance_between
+from ...hgr_models.training_state import begin_again
+from ..host import known_hgrs
+from ..host.architecture import architecture_of
+from ..host.embedded import clip_for
+from ..host.encoder_print import encoder_of
+from ..host.families import base_of_model, family_of_hgr, family_of_model
+from ..host.hooks import without_safecfg
+from ..host.server import show_text
+from ..loader import FOLDER, SHIPPED, HGRModel, load_hgr_model, register_folder
+from ..training import cards, forward_check
+from ..training.frozen_model import BATCH_ERRORS, OtherClipError
+from ..training.inputs import NEGATIVES, run_settings, train_plan
+from ..training.launch import with_reserved
+from ..training.plan import PROMPTS, make_folder, recording_folder
+from ..training.recorder import RunSettings
+from ..training.session import OtherTraining, Session
+
+# Of the built-in set where a CPU encodes: pairs of each category, clean prompts, and how many of these calibrate.
+PAIRS, CLEAN, CALIBRATION = 200, 1500, 500
+HELD_OUT, SEED = 0.1, 0  # share of the pairs that no training sees
+PRESET = "quick"
+# Runs that a model is asked about once: seconds on a GPU. On a CPU no further one begins after a minute.
+CHECKED = forward_check.Extent(pairs=4, steps=2, seconds=60.0)
+RUNS = {  # of a training that records nothing
+    "harmful_runs": 3, "clean_runs": 1, "calibration_runs": 1, "run_steps": 8, "batch": 8, "sizes": "auto", "samplers": "euler",
+    "scheduler": "auto", "cfg_min": 0.0, "cfg_max": 0.0, "negatives": NEGATIVES, "seed": SEED,
+}  # fmt: skip
+
+logger = logging.getLogger(__name__)
+_making = threading.RLock()  # a server may make one while a workflow wants it
+
+
+@dataclass(frozen=True)
+class Found:
+    """An HGR's file that fits an encoder, and how far the encoder is from the one it was made with."""
+
+    path: str
+    distance: float
+    networks: tuple[str, ...]
+
+    def in_words(self) -> str:
+        """What to tell the user when the encoder is another one; empty when it is the same."""
+        if self.distance <= SAME:
+            return ""
+        return (
+            f"{self.path} was made with a text encoder that answers {100 * self.distance:.0f} % differently: one of the two is fine-tuned. It may "
+            "miss harm or touch clean pictures. SafeCFG Train HGR makes one for exactly this encoder."
+        )
+
+
+@lru_cache(maxsize=256)
+def _info(path: str, size: int, modified: int) -> Any:
+    try:
+        return hgr_models.read_info(path)
+    except hgr_models.HGRError as error:
+        logger.warning("SafeCFG: %s", error)
+        return None
+
+
+def candidates() -> list[tuple[str, hgr_models.HGRInfo, tuple[str, ...]]]:
+    """Path, metadata and networks of every HGR that can be read."""
+    register_folder()
+    found = []
+    for name in folder_paths.get_filename_list(FOLDER):
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path is None:
+            continue
+        stat = Path(path).stat()
+        if (info := _info(path, stat.st_size, stat.st_mtime_ns)) is not None:
+            found.append((path, *info))
+    return found
+
+
+def find(clip, model=None, nearest: float = SAME) -> Found | None:
+    """The HGR that fits a CLIP best: nearest encoder first, then one that also watches guidance. None where there is none.
+
+    Its condition redirector was made with this encoder, up to a distance `nearest`, and it removes all built-in categories; or
+    it ships for exactly this MODEL, if one is given, as the demo's does. A file with a guidance redirector must be
+    of the MODEL's family.
+    """
+    encoder, family, base, name = encoder_of(clip), None, None, ""
+    if model is not None:
+        family, base, name = family_of_model(model), base_of_model(model), architecture_of(model)
+    fits = []
+    for path, info, networks in candidates():
+        if "condition" not in networks or not (
+            info.of_prompts or (family_of_hgr(info) == family and info.architecture in ("", name))
+        ):
+            continue
+        own = base is not None and info.base == base
+        distance = 0.0 if own else _distance(encoder, info)
+        shipped = own and Path(path).parent == SHIPPED
+        if distance <= nearest and (shipped or set(pp.CATEGORIES) <= set(info.categories)):
+            fits.append(Found(path, distance, networks))
+    return min(fits, key=lambda f: (f.distance > SAME, "guidance" not in f.networks, f.distance), default=None)
+
+
+def _distance(encoder: EncoderPrint, info: hgr_models.HGRInfo) -> float:
+    made_with = info.encoder_print()
+    return float("inf") if made_with is None else distance_between(encoder, made_with)
+
+
+def find_or_make(clip, model=None, say: Callable[[str], None] | None = None) -> HGRModel:
+    """The HGR of a CLIP's encoder, loaded; where there is none it is made first, from the built-in categories.
+
+    `say` shows a line of progress. Interrupted, it goes on next time; the file appears whole or not at all. Raises HGRError for
+    an encoder that no HGR can be made for.
+    """
+    with _making:
+        found = find(clip, model)
+        if found is None:
+            if (related := find(clip, model, RELATED)) is not None:
+                logger.warning("SafeCFG: %s Making one now.", related.in_words())
+            if known := _in_index(clip, model):
+                logger.warning("SafeCFG: %s Put it there to have it taken; one is made meanwhile.", known)
+            return load_hgr_model(str(make(clip, say or speaker("Protect"), model)))
+    return load_hgr_model(found.path)
+
+
+def _in_index(clip, model) -> str:
+    """What models/hgr's index knows for an encoder and a MODEL, in words."""
+    names = ("", "") if model is None else (architecture_of(model), base_of_model(model))
+    return known_hgrs.in_words(lambda info: False, *names, encoder_of(clip))
+
+
+def make(clip, say: Callable[[str], None], model=None) -> Path:
+    """Trains an HGR of a CLIP's encoder from the built-in pairs, and keeps it under the encoder's name in models/hgr.
+
+    With a MODEL the file says, too, how well that one draws what corrected prompts say.
+    """
+    name = f"encoder-{encoder_of(clip).name}"
+    plan = train_plan(f"{name}-{PRESET}", PROMPTS, {**RUNS, "preset": PRESET})
+    say("no HGR of this text encoder yet: making one, once")
+    path = folder_to_keep() / f"{name}.safetensors"  # before minutes are spent
+    prompts = with_reserved(built_in_prompts(fast=clip.patcher.load_device.type != "cpu"))
+    session = Session(plan, recording_folder(plan.name), say, None, clip, prompts)
+    if model is not None:
+        check_reads(model, clip, prompts)
+    try:
+        session.identify()
+        session.prepare()
+    except OtherTraining:  # stopped before the pack was updated: nobody named it, so nobody misses it
+        begin_again(session.folder, keep_shards=False)
+        session.identify()
+        session.prepare()
+    hgr = session.train(session.make_recording())
+    # Before it is kept: cancelled here, the next run has all that was learnt, and checks it.
+    if model is not None and (ratio := check(model, clip, hgr, prompts, say)) is not None:
+        hgr.info.training["forward_check"] = ratio
+        say(forward_check.in_words(ratio))
+    hgr_models.save_hgr(path, hgr.cpu())
+    shutil.rmtree(session.folder, ignore_errors=True)  # gigabytes, which nobody asked for by name
+    cards.refresh(path)
+    say(f"made {path}")
+    return path
+
+
+def folder_to_keep() -> Path:
+    """The first folder of models/hgr that can be written: a shared one may not. Raises HGRError where none can."""
+    first, *others = [Path(path) for path in folder_paths.get_folder_paths(FOLDER) if Path(path) != SHIPPED]
+    try:
+        make_folder(first)
+        return first
+    except hgr_models.HGRError:
+        for folder in others:
+            with suppress(hgr_models.HGRError):
+                make_folder(folder)
+                return folder
+        raise
+
+
+def check_reads(model, clip, prompts: pp.PromptSet) -> None:
+    """Raises HGRError where a MODEL cannot read a CLIP's tokens, which are made for another model, or answers with NaN."""
+    model = without_safecfg(model)
+    try:
+        forward_check.check_reads(model, clip_for(model, clip), prompts, small_runs(model), always=False)
+    except (OtherClipError, forward_check.NotFiniteError):
+        raise
+    except BATCH_ERRORS:  # it wants more than a prompt
+        logger.debug("SafeCFG: the model was not asked whether it reads this CLIP.", exc_info=True)
+
+
+def small_runs(model) -> RunSettings:
+    """Runs one at a time, of half the size."""
+    runs = run_settings(RUNS, model)
+    return replace(runs, batch=1, sizes=(tuple(side // 2 for side in runs.sizes[0]),))
+
+
+def check(model, clip, hgr, prompts: pp.PromptSet, say: Callable[[str], None]) -> float | None:
+    """`forward_check.error_ratio` of a few small runs of a MODEL; None, and a warning, where it cannot be sampled like that.
+
+    Raises HGRError where it answers corrected prompts with NaN: such an HGR is not kept.
+    """
+    model = without_safecfg(model)
+    try:
+        with torch.inference_mode():
+            return forward_check.error_ratio(
+                model, clip_for(model, clip), hgr.condition, prompts, small_runs(model), CHECKED, say
+            )
+    except forward_check.NotFiniteError:
+        raise
+    except BATCH_ERRORS as error:
+        logger.warning("SafeCFG: the new HGR could not be checked by the model (%s).", error)
+    return None
+
+
+def built_in_prompts(fast: bool = False) -> pp.PromptSet:
+    """The prompts of an HGR that nobody chose any for: those of SafeCFG Prompt Pairs, or fewer where encoding all of them is not `fast`."""
+    if fast:
+        return pp.default_prompts(SEED, HELD_OUT)
+    material = pp.seven_categories(pp.CATEGORIES, PAIRS, CLEAN, SEED)
+    return pp.build(material, pp.CATEGORIES, pp.CONCEPTS, HELD_OUT, SEED, CALIBRATION).prompts
+
+
+def speaker(what: str) -> Callable[[str], None]:
+    """A function that logs a line of text and shows it on the node that runs, if one does."""
+    context = get_executing_context()
+
+    def say(text: str) -> None:
+        logger.info("SafeCFG %s: %s", what, text)
+        show_text(text, None if context is None else context.node_id)
+
+    return say
