@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -18,10 +19,10 @@ from torch import Tensor
 from ... import hgr_models
 from ...hgr_models.lora import LoRA
 from ...hgr_models.lora_samples import Samples, read_samples, write_samples
-from ...hgr_models.shards import Texts
-from ..families import POOLED
-from .encoding import encode_batch, text_of
-from .recorder import RunSettings, empty_latent
+from ..host.encoding import encode_groups, in_rows, padded, text_of
+from ..host.families import POOLED
+from ..host.more_tokens import TOKENS, scatter
+from ..training.recorder import GroupedGuider, RunSettings, at_once_or_one_by_one, empty_latent
 
 BASE, SAFE, STUDENT, PICTURES = "base", "safe", "student", "pictures"  # what runs follow; pictures are noised, not sampled
 
@@ -80,33 +81,31 @@ def plan_pictures(settings: RunSettings, pictures: Sequence[tuple[Tensor, str]])
     ]
 
 
-class UnlabelledGuider(comfy.samplers.CFGGuider):
+class UnlabelledGuider(GroupedGuider):
     """Follows the base, the base under the HGR, or the LoRA, and keeps every latent with the base's unconditional prediction."""
 
-    def prepare(self, job: Job, conds: dict[str, list], hgr, settings: hgr_models.CategorySettings, lora: LoRA | None):
-        self.inner_set_conds(conds)
+    def prepare(self, job: Job, roles: dict[str, list], hgr, settings: hgr_models.CategorySettings, lora: LoRA | None) -> Any:
+        """`roles` as in `set_groups`."""
+        self.set_groups(roles)
         self.job, self.hgr, self.settings, self.lora = job, hgr, settings, lora
-        self.rows, self.held = [], None
+        self.rows: list = []
+        self.held: Tensor | None = None
         return self
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None):
+    def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         sigma = timestep.expand(len(x)) if timestep.numel() == 1 else timestep
         roles = {BASE: ("negative", "positive"), SAFE: ("negative", SAFE)}.get(self.job.follow, ("negative",))
         with nullcontext() if self.lora is None else self.lora.off():
-            uncond, *cond = self._evaluate(roles, x, timestep, model_options)
+            uncond, *cond = self.evaluate(roles, x, timestep, model_options)
         c_in = self.inner_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).flatten(1)[:, 0]
         self.rows.append(tuple(t.detach().float().cpu() for t in (x, sigma, c_in, uncond)))
         if self.job.follow == PICTURES:
             return uncond
         if self.job.follow == STUDENT:
-            uncond, *cond = self._evaluate(("negative", "positive"), x, timestep, model_options)
-        cond = self._turned(cond[0], uncond, x, sigma) if self.job.follow == SAFE else cond[0]
-        return uncond + (cond - uncond) * self.job.cfg
-
-    def _evaluate(self, roles: tuple[str, ...], x: Tensor, timestep: Tensor, model_options: dict | None) -> list[Tensor]:
-        conds = [self.conds[role] for role in roles]
-        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})
+            uncond, *cond = self.evaluate(("negative", "positive"), x, timestep, model_options)
+        towards = self._turned(cond[0], uncond, x, sigma) if self.job.follow == SAFE else cond[0]
+        return uncond + (towards - uncond) * self.job.cfg
 
     def _turned(self, cond_denoised: Tensor, uncond_denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         if self.hgr.guidance is None:
@@ -120,7 +119,9 @@ class UnlabelledGuider(comfy.samplers.CFGGuider):
 class Noising(comfy.samplers.Sampler):
     """A sampler for core's guiders that evaluates noised pictures instead of sampling."""
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
         for sigma in sigmas[:-1]:
             levels = sigma.expand(len(noise))
             x = model_wrap.inner_model.model_sampling.noise_scaling(levels, noise.clone(), latent_image)
@@ -141,44 +142,40 @@ def sample_job(model, guider: UnlabelledGuider, settings: RunSettings) -> None:
     guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=job.seed)
 
 
-def encode(clip, prompts: Sequence[str]) -> tuple[list, Texts]:
-    """Prompts and, last, the empty one: a CONDITIONING, and its tensors without any harms."""
-    conditioning = encode_batch(clip, [*prompts, ""])
-    return conditioning, text_of(conditioning, torch.zeros(len(prompts) + 1, 0))
-
-
 def run_job(model, clip, hgr, job: Job, settings: RunSettings, chosen: hgr_models.CategorySettings, lora=None) -> Samples:
     """The samples of a job; `lora` for runs that follow it, attached to the model."""
-    conditioning, texts = encode(clip, job.prompts)
-    positive, negative = _rows(conditioning, slice(0, -1)), _rows(conditioning, slice(-1, None))
-    conds = {"positive": positive, "negative": negative}
+    run = lambda one_by_one: _run_job(model, clip, hgr, job, settings, chosen, lora, one_by_one)  # noqa: E731
+    return at_once_or_one_by_one(run, len(job.prompts))
+
+
+def _run_job(model, clip, hgr, job: Job, settings: RunSettings, chosen, lora, one_by_one: bool) -> Samples:
+    positive = encode_groups(clip, list(job.prompts), one_by_one)
+    negative = encode_groups(clip, [""] * (len(job.prompts) if one_by_one else 1), one_by_one)
+    roles = {"positive": positive, "negative": negative}
     if job.follow == SAFE:
-        conds[SAFE] = _safe(positive, texts[:-1], hgr, chosen)
-    guider = UnlabelledGuider(model).prepare(job, conds, hgr.patcher.model, chosen, lora)
+        roles[SAFE] = [(rows, _safe(conditioning, hgr, chosen)) for rows, conditioning in positive]
+    guider = UnlabelledGuider(model).prepare(job, roles, hgr.patcher.model, chosen, lora)
     sample_job(model, guider, settings)
     columns = (torch.cat(column) for column in zip(*guider.rows, strict=True))
-    return Samples(*columns, texts.tokens, texts.pooled, texts.mask)
+    texts = text_of(padded([*in_rows(positive), *in_rows(negative)[:1]]), torch.zeros(len(job.prompts) + 1, 0))
+    return Samples(*columns, texts.tokens, texts.pooled, texts.mask, texts.lengths)
 
 
-def _rows(conditioning: list, rows: slice) -> list:
-    """Some rows of a CONDITIONING of one entry."""
-    (tokens, extras), count = conditioning[0], len(conditioning[0][0])
-    cut = lambda value: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value  # noqa: E731
-    return [[tokens[rows], {key: cut(value) for key, value in extras.items()}]]
-
-
-def _safe(positive: list, texts: Texts, hgr, chosen: hgr_models.CategorySettings) -> list:
+def _safe(positive: list, hgr, chosen: hgr_models.CategorySettings) -> list:
     """The CONDITIONING that the condition redirector makes of one."""
     if hgr.patcher.model.condition is None:
         return positive
     comfy.model_management.load_models_gpu([hgr.patcher])
+    count = len(positive[0][0])
+    texts = text_of(padded(in_rows([(list(range(count)), positive)])), torch.zeros(count, 0))
     device = hgr.patcher.load_device
     tokens, pooled, mask = (None if t is None else t.to(device) for t in (texts.tokens, texts.pooled, texts.mask))
     result = hgr_models.redirect_condition(hgr.patcher.model, tokens, pooled, chosen, mask)
-    extras = dict(positive[0][1])
+    condition = {**positive[0][1], TOKENS: positive[0][0]}
+    parts = {key: part.to(condition[key]) for key, part in scatter(condition, result.tokens).items()}
     if result.pooled is not None:
-        extras[POOLED] = result.pooled.to(extras[POOLED])
-    return [[result.tokens.to(positive[0][0]), extras]]
+        parts[POOLED] = result.pooled.to(condition[POOLED])
+    return [[parts.pop(TOKENS), {**positive[0][1], **parts}]]
 
 
 def record_jobs(

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...hgr_models.train_lora import Change
+from ..host.encoding import encode_each
 from ..reporting.drawing import COLOURS, INK, MARGIN, PAPER, ROW, font, to_tensor
-from .curves import HEIGHT, LEFT, WIDTH, Line, plot
-from .encoding import encode_batch
-from .recorder import RunSettings, empty_latent
+from ..training.curves import BLOCK, LEFT, WIDTH, Line, plot
+from ..training.recorder import RunSettings, empty_latent
 
 PREVIEW_STEPS = 20
 ERRORS = {"error": "flagged samples, to the safe target", "quiet": "what the HGR leaves alone", "empty": "the empty prompt"}
@@ -22,16 +22,16 @@ ERRORS = {"error": "flagged samples, to the safe target", "quiet": "what the HGR
 
 def draw_curves(history: list[dict], name: str) -> Image.Image:
     """Loss and errors over the steps; empty before training begins."""
-    canvas = Image.new("RGB", (LEFT + WIDTH + 2 * MARGIN, 2 * (HEIGHT + 3 * ROW) + (len(ERRORS) + 1) * ROW), PAPER)
+    canvas = Image.new("RGB", (LEFT + WIDTH + 2 * MARGIN, 2 * BLOCK + (len(ERRORS) + 2) * ROW), PAPER)
     pen, step = ImageDraw.Draw(canvas), f"step {history[-1]['step']}" if history else "not begun"
     pen.text((MARGIN, MARGIN), f"SafeCFG Fine-tune Safe LoRA: {name}", INK, font(18))
     errors = [Line(text, [e[key] for e in history if e[key] is not None]) for key, text in ERRORS.items()]
     for row, (title, lines) in enumerate(
         ((f"loss ({step})", [Line("loss", [e["loss"] for e in history])]), ("squared errors", errors))
     ):
-        plot(pen, (MARGIN + LEFT, 3 * ROW + row * (HEIGHT + 3 * ROW)), title, lines)
+        plot(pen, (MARGIN + LEFT, 4 * ROW + row * BLOCK), title, lines, legend=False)
     for i, text in enumerate(ERRORS.values()):
-        pen.text((MARGIN, 2 * (HEIGHT + 3 * ROW) + (i + 1) * ROW), text, COLOURS[i % len(COLOURS)], font(14))
+        pen.text((MARGIN, 2 * BLOCK + (i + 1) * ROW + ROW // 2), text, COLOURS[i % len(COLOURS)], font(14))
     return canvas
 
 
@@ -52,14 +52,16 @@ def preview(model, clip, vae, lora: dict[str, Tensor], prompts: Sequence[str], s
     if not prompts:
         return placard("The HGR judged every prompt harmful: there is no clean one to show.")
     changed, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-    positive, negative = encode_batch(clip, list(prompts)), encode_batch(clip, [""])
+    entries, (negative,) = encode_each(clip, list(prompts)), encode_each(clip, [""])
     # The base comes last: core patches weights in place, and so the model is left as it was.
-    below, above = (_row(vae.decode(_draw(m, positive, negative, settings, len(prompts)))) for m in (changed, model))
+    below, above = (
+        _row(torch.cat([vae.decode(_draw(m, [entry], [negative], settings)) for entry in entries])) for m in (changed, model)
+    )
     return torch.cat([above, below])[None]
 
 
-def _draw(model, positive: list, negative: list, settings: RunSettings, count: int) -> Tensor:
-    latent = empty_latent(model, settings, settings.sizes[0], count)
+def _draw(model, positive: list, negative: list, settings: RunSettings) -> Tensor:
+    latent = empty_latent(model, settings, settings.sizes[0], 1)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(sum(settings.cfg) / 2)

@@ -19,20 +19,25 @@ from ...hgr_models import training_state as state
 from ...hgr_models.lora import LoRA, LoraSettings, new_lora
 from ...hgr_models.lora_samples import read_samples
 from ...hgr_models.train_lora import EMPTY_SHARE, Change, LoraTraining
-from ..families import TOKENS, base_of_model, check_family, family_of_model, read_text
-from .bare import without_safecfg
-from .estimate import BACKWARD, Cost
-from .frozen import FrozenModel, check_can_freeze
-from .lora_report import draw_curves
-from .plan import make_folder
-from .progress import Progress
-from .recorder import RunSettings, empty_latent
-from .unlabelled import BASE, SAFE, STUDENT, Job, encode, plan_pictures, plan_runs, record_jobs, run_job
-from .unlabelled_inputs import digest_of
+from ..host.architecture import architecture_of
+from ..host.embedded import clip_for
+from ..host.encoding import encode_batch, encode_each
+from ..host.families import base_of_model, check_family, family_of_model, read_text
+from ..host.hooks import without_safecfg
+from ..host.more_tokens import TOKENS
+from ..training.estimate import BACKWARD, Cost
+from ..training.frozen_model import FrozenModel, as_made, check_can_freeze
+from ..training.plan import make_folder
+from ..training.progress import Progress
+from ..training.recorder import RunSettings, empty_latent
+from .inputs import digest_of
+from .report import draw_curves
+from .runs import BASE, SAFE, STUDENT, Job, plan_pictures, plan_runs, record_jobs, run_job
 
 MAX_GRADIENT_ERROR = 0.3
 REPORT_EVERY = 10  # steps
 NAME = "lora"  # of the training in its state
+IDS = "text_input_ids"  # a prompt that a network reads by itself, in its extras
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class LoraSession:
 
     def __init__(self, plan: LoraPlan, folder: Path, say: Callable[[str], None], model, clip, hgr, prompts, pictures=()):
         check_family(model, hgr.info)
-        self.plan, self.folder, self.say, self.clip, self.hgr = plan, folder, say, clip, hgr.on(model.load_device)
+        self.plan, self.folder, self.say, self.hgr = plan, folder, say, hgr.on(model.load_device)
         self.model = without_safecfg(model)
+        self.clip = clip_for(self.model, clip)
         self.model.set_additional_models("safecfg_lora", [self.hgr.patcher])  # core loads it beside the model
         self.prompts, self.pictures = prompts or tuple(dict.fromkeys(text for _, text in pictures if text)), pictures
         if not self.prompts:
@@ -86,9 +92,19 @@ class LoraSession:
         """
         make_folder(self.folder)
         check_can_freeze(self.model)
-        conditioning, _ = encode(self.clip, ())
-        tokens, self.template = conditioning[0]
-        read_text({**self.template, TOKENS: tokens}, self.hgr.info)  # raises for the widths of another family
+        if getattr(self.plan.runs.latent, "is_nested", False):
+            raise hgr_models.HGRError(
+                "A safe LoRA cannot be learnt from audio and video together. Connect an empty latent of the video alone, where the model "
+                "takes one."
+            )
+        ((tokens, extras),) = encode_each(self.clip, [""])
+        if IDS in extras:
+            raise hgr_models.HGRError(
+                f"A safe LoRA cannot be learnt for {architecture_of(self.model)}: it reads a prompt's token ids alone, which hold no direction "
+                "to learn. SafeCFG Apply redirects its guidance."
+            )
+        read_text({**extras, TOKENS: tokens}, self.hgr.info)  # raises for the widths of another family
+        self.template = encode_batch(self.clip, [""])[0][1]
         self.facts = {
             "family": family_of_model(self.model),
             "base": base_of_model(self.model),
@@ -157,7 +173,7 @@ class LoraSession:
     def train(self) -> dict[str, Tensor]:
         """Records and trains; gives the LoRA in ComfyUI's key format."""
         plan, device = self.plan, self.model.load_device
-        self._record(self.jobs)
+        self._record_runs(self.jobs)
         with torch.inference_mode(False), torch.enable_grad():
             lora = new_lora(self.model.model.diffusion_model, plan.lora, plan.runs.seed).to(device)
             network = self.hgr.patcher.model
@@ -170,11 +186,11 @@ class LoraSession:
             self._phase(self.jobs, plan.steps // 2 if self.late else plan.steps, last=not self.late)
             if self.late and training.pool.harmful:
                 with torch.inference_mode():
-                    self._record(self.late, lora)
+                    self._record_runs(self.late, lora)
                 self._phase(self.late, plan.steps, last=True)
             return lora.tensors()
 
-    def _record(self, jobs: list[Job], lora: LoRA | None = None) -> None:
+    def _record_runs(self, jobs: list[Job], lora: LoRA | None = None) -> None:
         done = record_jobs(self.model, self.clip, self.hgr, jobs, self.plan.runs, self.plan.categories, self.folder, lora)
         before, total = len(self.jobs) if lora else 0, len(self.jobs) + len(self.late)
         for i, job in enumerate(done, 1):
@@ -183,14 +199,17 @@ class LoraSession:
     def _phase(self, jobs: list[Job], until: int, last: bool) -> None:
         """Judges samples and trains to a step; then, or when there is nothing to learn, measures what the LoRA changes."""
         training, plan = self.training, self.plan
-        comfy.model_management.load_models_gpu([self.hgr.patcher, self.model])
+        with as_made(self.model):
+            comfy.model_management.load_models_gpu([self.hgr.patcher, self.model])
         frozen = FrozenModel(self.model, self.template)
-        with frozen.loaded((plan.runs.batch, *self._largest()), plan.checkpointing):
+        shape, predict = (plan.runs.batch, *self._largest()), _predictor(frozen)
+        with frozen.loaded(shape, False), training.network.attached(frozen.inner.diffusion_model):
+            self._judge(jobs, predict)
+            checkpointing = plan.checkpointing or (training.pool.harmful and self._adds_in_place(predict))
+        with frozen.loaded(shape, checkpointing):
             if frozen.half and training.step == 0:
                 training.scale = 2.0**12
-            predict = _predictor(frozen)
             with training.network.attached(frozen.inner.diffusion_model):
-                self._judge(jobs, predict)
                 if training.pool.harmful:
                     self._check_gradient(predict)
                     self._steps(until, predict)
@@ -205,6 +224,16 @@ class LoraSession:
             for prompt, flagged in zip(job.prompts, (judgement.runs > 0).any(dim=1).tolist(), strict=True):
                 self.judged[prompt] = self.judged.get(prompt, False) or flagged
             self.progress.update("judging", (before + i) / total, f"judging: batch {i} of {len(jobs)}")
+
+    def _adds_in_place(self, predict) -> bool:
+        """Whether the network's blocks change what a backward pass needs: checkpointing gives them copies."""
+        try:
+            self.training.gradient_error(predict)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            return True
+        return False
 
     def _check_gradient(self, predict) -> None:
         if self.training.step:
@@ -235,8 +264,10 @@ class LoraSession:
         return [prompt for prompt, flagged in self.judged.items() if prompt and not flagged][:count]
 
 
-def _predictor(frozen: FrozenModel):
-    def predict(x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None) -> Tensor:
-        return frozen.predict(SimpleNamespace(x=x, sigma=sigma), SimpleNamespace(mask=mask), tokens, pooled)
+def _predictor(frozen: FrozenModel) -> Callable:
+    def predict(
+        x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None, lengths: Tensor | None = None
+    ) -> Tensor:
+        return frozen.predict(SimpleNamespace(x=x, sigma=sigma), SimpleNamespace(mask=mask, lengths=lengths), tokens, pooled)
 
     return predict

@@ -1,5 +1,6 @@
 """`SafeCFG Fine-tune Safe LoRA`: an ordinary LoRA that makes a model safe wherever it is loaded, from unlabelled prompts."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from ... import hgr_models
 from ...hgr_models import training_state as state
 from ...hgr_models.lora import LAYERS, LoraSettings, load_lora, save_lora
 from ...hgr_models.lora_samples import read_samples
-from ..reporting.meter import current_server
-from ..schema import HGR_TYPE, PROMPTS_TYPE, make_input, make_schema
-from .lora_report import preview, report
-from .plan import make_folder, recording_folder
-from .safe_lora import LoraPlan, LoraSession
-from .unlabelled_inputs import gather_pictures, gather_prompts
-from .widgets import end_inputs, latent_input, number, run_inputs, run_settings
+from ..host.schema import HGR_TYPE, PROMPTS_TYPE, defaults_of, make_input, make_schema
+from ..host.server import show_text
+from ..training.inputs import end_inputs, latent_input, number, run_inputs, run_settings
+from ..training.plan import make_folder, recording_folder
+from .inputs import gather_pictures, gather_prompts
+from .report import preview, report
+from .session import LoraPlan, LoraSession
 
 LISTS = ("images", "latents", "captions")  # inputs of which every element is used; of the others, the first
 PREVIEWED = 4  # prompts
@@ -49,22 +50,21 @@ def output_path(name: str, digest: str) -> Path:
     return path
 
 
-def make_plan(name: str, hgr, values: dict) -> LoraPlan:
+def make_plan(name: str, hgr, values: dict, model=None) -> LoraPlan:
     """The plan of the widgets' values; raises HGRError for what cannot be read."""
     strengths = hgr_models.parse_categories(values["categories"], hgr.info.categories)
     return LoraPlan(
-        name, run_settings({"negatives": "", **values}), values["runs"], values["steps"], values["learning_rate"],
+        name, run_settings({"negatives": "", **values}, model), values["runs"], values["steps"], values["learning_rate"],
         LoraSettings(values["rank"], values["alpha"], values["layers"]), hgr_models.CategorySettings(strengths), values["checkpointing"],
     )  # fmt: skip
 
 
-def speaker():
+def speaker() -> Callable:
     """A function that shows a line of text on the node that runs."""
     context = get_executing_context()
 
     def say(text: str) -> None:
-        if context is not None and (server := current_server()) is not None:
-            server.send_progress_text(text, context.node_id)
+        show_text(text, None if context is None else context.node_id)
 
     return say
 
@@ -73,7 +73,7 @@ class FineTuneSafeLora(io.ComfyNode):
     """Records, lets the HGR judge, trains; see `training.safe_lora`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_FineTuneSafeLoRA",
             display_name="SafeCFG Fine-tune Safe LoRA",
@@ -99,17 +99,17 @@ class FineTuneSafeLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file=("",), **_):
+    def fingerprint_inputs(cls, file=("",), **_) -> str | float:
         """Runs again when the file of prompts has changed."""
         path = Path(folder_paths.get_input_directory()) / str(file[0] or "")
         return path.stat().st_mtime_ns if file[0] and path.is_file() else 0
 
     @classmethod
-    def execute(cls, **inputs):
+    def execute(cls, **inputs) -> io.NodeOutput:
         lists = {key: list(inputs.pop(key, None) or []) for key in LISTS}
-        values = {key: value[0] for key, value in inputs.items() if value}
+        values = {**defaults_of(cls), **{key: value[0] for key, value in inputs.items() if value}}
         model, clip, hgr, vae = (values.get(key) for key in ("model", "clip", "hgr", "vae"))
-        plan = make_plan(values["name"], hgr, values)
+        plan = make_plan(values["name"], hgr, values, model)
         prompts = gather_prompts(values["text"], values["file"], values.get("prompts"), plan.runs.seed)
         pictures = gather_pictures(model, vae, *(lists[key] for key in LISTS), prompts)
         folder = session_folder(plan.name)
@@ -123,7 +123,7 @@ class FineTuneSafeLora(io.ComfyNode):
         return cls._outputs(session, session.train(), path, vae)
 
     @classmethod
-    def _outputs(cls, session: LoraSession, lora: dict, path: Path, vae):
+    def _outputs(cls, session: LoraSession, lora: dict, path: Path, vae) -> io.NodeOutput:
         plan, training = session.plan, session.training
         counts = training.pool.counts(session.hgr.info.categories)
         about = {**session.facts, "digest": session.digest, "steps": training.step, "judged": counts}
@@ -186,7 +186,7 @@ def _lora_inputs() -> list:
             tooltip="Which layers the LoRA changes. cross-attention: where a UNet (SD1.5, SDXL) reads the prompt; trained faster on the "
             "demo model, and changed clean pictures less. auto: those, or linear for models without them, such as Flux and SD3.",
         ),
-        number(io.Int, "steps", 1500, 1, 1_000_000, "Training steps of `batch` samples each."),
+        number(io.Int, "steps", 1500, 1, 1_000_000, "Training steps of `batch` samples each.", display_name="training_steps"),
         number(
             io.Float, "learning_rate", 5e-4, 1e-6, 1e-1, "Peak learning rate. Lower it when the curves jump.",
             step=1e-5, advanced=True, round=False,
