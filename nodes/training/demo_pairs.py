@@ -23,7 +23,8 @@ def demo_world(
     The share `held_out` of them shows pictograms, pairs of pictograms or words that the demo keeps out of training, the others
     never do. The same arguments always give the same prompts.
     """
-    material, kept, seen = Material(), set(categories), set()
+    material, kept = Material(), set(categories)
+    seen: set = set()
     for out, share in ((False, 1 - held_out), (True, held_out)):
         for category in categories:
             rng = random.Random(f"{seed} {category} {out}")
@@ -40,7 +41,8 @@ def demo_world(
 
 def _different(drawn: Iterator, count: int, key: Callable, seen: set) -> list:
     """`count` items whose keys are not in `seen`, which grows; fewer when there are no more."""
-    found, failed = [], 0
+    found: list = []
+    failed = 0
     while len(found) < count and failed < TRIES:
         item = next(drawn)
         if key(item) in seen:

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -14,13 +15,32 @@ from ...hgr_models import losses
 from ...hgr_models.detection import LEVELS
 from ...hgr_models.recording import Points
 from ...hgr_models.shards import HARMFUL, Recording
+from ...hgr_models.textspace import draw_readers
+from ...hgr_models.train_condition import READ_BATCH
 from ...hgr_models.train_guidance import POINTS
+from ...hgr_models.train_text import PAIR_TOKENS, TextObjective, random_texts
+from ..host.encoding import encode_groups
+from .frozen_model import FrozenModel
 from .plan import TrainPlan, in_bytes, in_words
-from .recorder import CALIBRATION_STEPS, FOLLOW, LOOKS, RecordingGuider, clean_pairs, empty_latent, plan_jobs, sample
+from .prompt_recorder import LARGEST, bytes_of_prompt
+from .recorder import (
+    CALIBRATION_STEPS,
+    FOLLOW,
+    LOOKS,
+    RecordingGuider,
+    at_once_or_one_by_one,
+    clean_pairs,
+    empty_latent,
+    plan_jobs,
+    sample,
+)
 
+TOKENS = 77  # of a prompt, where none can be encoded
 HALF = 2  # bytes per value in a shard
 MARGIN = 1.1
 BACKWARD = {True: 3.5, False: 2.5}  # cost of a forward and backward pass in forward passes, with and without checkpointing
+
+NAMES = {"prompts": "learning from prompts", "condition": "learning through the model", "guidance": "guidance redirector"}
 
 
 @dataclass(frozen=True)
@@ -30,10 +50,22 @@ class Cost:
     parts: dict[str, float]
     disk: int
     memory: int
+    streamed: bool | None = None  # whether its blocks come one by one, since the model does not fit beside a backward pass
+    weights: int = 0  # of the model, bytes
 
     def in_words(self) -> str:
         """One line for the user."""
-        return f"takes about {in_words(sum(self.parts.values()))}, {in_bytes(self.disk)} on disk, {in_bytes(self.memory)} of memory beside the model"
+        parts = ", ".join(f"{NAMES.get(name, name)} {in_words(seconds)}" for name, seconds in self.parts.items() if seconds >= 1)
+        room = f"{in_bytes(self.disk)} on disk, {in_bytes(self.memory)} of memory beside the model"
+        return f"takes about {in_words(sum(self.parts.values()))} ({parts}), {room}{self._mode()}"
+
+    def _mode(self) -> str:
+        """How the model is held while gradients go through it; "" where none do."""
+        if self.streamed is None:
+            return ""
+        if self.streamed:
+            return f". The model ({in_bytes(self.weights)}) does not fit beside that: its blocks come to the device one by one, which is slower"
+        return f". The model ({in_bytes(self.weights)}) stays on the device as a whole"
 
     def check_disk(self, folder: Path) -> None:
         """Raises HGRError when the disk has less room than the recording needs."""
@@ -49,31 +81,43 @@ class Cost:
 def estimate(session, record_only: bool = False) -> Cost:
     """The cost of a session that has looked at its facts; encodes and evaluates twice to know how fast that is."""
     plan: TrainPlan = session.plan
-    shape, row, text = _shape(session), 0.0, 0.0
-    if session.model is not None:
-        text = _seconds_per_text(session)
-        row = _seconds_per_row(session)
+    text = 0.0 if session.clip is None else _seconds_per_text(session)
+    records = plan.records and session.model is not None
+    row = _seconds_per_row(session) if records else 0.0
+    shape = _shape(session) if plan.records else ()
     step = _seconds_per_guidance_step(session, shape) if plan.by_guidance and not record_only else 0.0
+    tokens = 0.0 if session.clip is None else bytes_of_prompt(session.clip, session.prompts)
     parts = _seconds(plan, session, text, row, step)
+    if "encoding" in parts:
+        parts["encoding"] *= share_kept(session.prompts, tokens)
     if record_only:
-        parts = {name: seconds for name, seconds in parts.items() if name in ("prompts", "recording")}
+        parts = {name: seconds for name, seconds in parts.items() if name in ("encoding", "recording")}
+    elif plan.by_text:
+        parts["prompts"] = plan.prompt_steps * _seconds_per_text_step(session)
     memory = _bytes_of_training(session)
     if plan.by_guidance and not record_only:
         memory += guidance_bytes(session)
-    return Cost(parts, _bytes_on_disk(plan, session, shape), memory)
+    trained = plan.by_denoiser and session.model is not None and not record_only
+    streamed = FrozenModel(session.model, {}).streams((plan.runs.batch, *shape)) if trained else None
+    return Cost(
+        parts, _bytes_on_disk(plan, session, shape, tokens), memory, streamed, session.model.model_size() if trained else 0
+    )
 
 
 def _seconds(plan: TrainPlan, session, text: float, row: float, step: float) -> dict[str, float]:
     """Per part, from the seconds of a text, of a model row, and of a step of the guidance redirector."""
     parts, points = {}, plan.runs.steps + LOOKS
-    if session.model is not None:
-        texts = len(session.prompts.pairs) + len(session.prompts.clean)
+    if session.clip is not None:
+        parts = {"encoding": _count_of_texts(session.prompts) * text}
+    if session.model is not None and plan.records:
         recording = plan.first_runs * (3 * points * row + 2 * text)  # a run has its prompt and the partner
         if plan.by_guidance:
             recording += plan.clean_runs * (2 * points * row + text)
             recording += plan.calibration_runs * (2 * (CALIBRATION_STEPS + len(LEVELS)) * row + text)
-        parts = {"prompts": texts * text, "recording": recording}
-    if plan.by_condition:
+        parts["recording"] = recording
+    if plan.by_text:
+        parts["prompts"] = 0.0  # measured by `estimate`
+    if plan.by_denoiser:
         parts["condition"] = plan.condition_steps * (plan.runs.batch * row * BACKWARD[plan.checkpointing] + 0.1)
     if plan.by_guidance:
         parts["guidance"] = plan.guidance_steps * step
@@ -91,13 +135,50 @@ def _seconds_per_text(session) -> float:
     return seconds
 
 
+def _count_of_texts(prompts) -> int:
+    """Prompts that are encoded: both sides of every pair, and the clean ones."""
+    return 2 * (len(prompts.pairs) + len(prompts.held_out_pairs)) + len(prompts.clean) + len(prompts.held_out_clean)
+
+
+def share_kept(prompts, each: float) -> float:
+    """The share of the prompts that is encoded, at `each` bytes per prompt: as `prompt_recorder.plan_batches` cuts them."""
+    return min(1.0, LARGEST / max(1.0, _count_of_texts(prompts) * each))
+
+
+def _seconds_per_text_step(session) -> float:
+    """One step in text space, on random tokens as long as the first pair's; it holds no more than a step itself."""
+    length = TOKENS if session.clip is None else session.encode([session.prompts.pairs[0].harmful])[0][0].shape[1]
+    info, generator = session.new_info(), torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        objective = TextObjective(hgr_models.HGR(info, session.configs()[0], None).to(session.device).condition)
+        pairs, read = random_texts(info, length, session.device)
+        for _ in range(2):
+            started = time.monotonic()
+            readers = draw_readers(info.token_width, generator, session.device)
+            errors, _, loss, quiet, _ = objective(pairs, readers, [read], read[:READ_BATCH], read.harms[:READ_BATCH])
+            (errors.error.mean() + loss + quiet).backward()
+            seconds = time.monotonic() - started
+    return seconds
+
+
+def text_bytes(facts: dict) -> int:
+    """What a step in text space takes, about: a dozen copies of a batch's tokens, float32."""
+    return 12 * 4 * PAIR_TOKENS * facts["token_width"]
+
+
 def _seconds_per_row(session) -> float:
     """One row of one evaluation of the model, at the largest size; the first evaluation, which loads, does not count."""
     runs = session.plan.runs
     pairs = clean_pairs(session.prompts.clean)
     job = plan_jobs(runs, "speed", pairs, min(runs.batch, len(pairs)), FOLLOW[:1])[0]
-    tokens = session.encode([pair.harmful for pair in job.pairs])
-    guider = RecordingGuider(session.model).prepare(job, {"positive": tokens, "negative": session.encode([""])}, None)
+    return at_once_or_one_by_one(lambda one_by_one: _seconds_of_job(session, job, runs, one_by_one), len(job.pairs))
+
+
+def _seconds_of_job(session, job, runs, one_by_one: bool) -> float:
+    groups = lambda texts: encode_groups(session.clip, texts, one_by_one)  # noqa: E731
+    positive = groups([pair.harmful for pair in job.pairs])
+    roles = {"positive": positive, "negative": groups([""] * (len(job.pairs) if one_by_one else 1))}
+    guider = RecordingGuider(session.model).prepare(job, roles, None)
     for _ in range(2):
         started = time.monotonic()
         sample(session.model, guider, job, runs, 1)
@@ -117,7 +198,7 @@ def _shape(session) -> tuple[int, ...]:
     return tuple(empty_latent(session.model, runs, max(runs.sizes, key=math.prod), 1).shape[1:])
 
 
-def _guidance_network(session, device: torch.device):
+def _guidance_network(session, device: torch.device) -> Any:
     return hgr_models.HGR(session.new_info(), None, session.configs()[1]).to(device).guidance
 
 
@@ -175,13 +256,15 @@ def _bytes_of_training(session) -> int:
     return 5 * 4 * sum(p.numel() for p in hgr.parameters())
 
 
-def _bytes_on_disk(plan: TrainPlan, session, shape: tuple[int, ...]) -> int:
-    if session.model is None:
+def _bytes_on_disk(plan: TrainPlan, session, shape: tuple[int, ...], tokens: float) -> int:
+    """Of a recording, at `tokens` bytes per encoded prompt."""
+    if session.clip is None:
         return 0
     latent = math.prod(shape) * HALF
     points = plan.harmful_runs * (plan.runs.steps + LOOKS) * 4
     if plan.by_guidance:
         points += plan.clean_runs * (plan.runs.steps + LOOKS) * 3 + plan.calibration_runs * (CALIBRATION_STEPS + len(LEVELS)) * 3
-    tokens = session.encode([""])[0][0].shape[1:].numel() * HALF
-    texts = len(session.prompts.pairs) + len(session.prompts.clean) + len(session.prompts.held_out_clean)
-    return round(points * latent + (texts + plan.harmful_runs + plan.clean_runs + plan.calibration_runs) * tokens)
+    texts = min(_count_of_texts(session.prompts) * tokens, LARGEST)
+    if not plan.records:
+        return round(texts)
+    return round(points * latent + texts + (plan.harmful_runs + plan.clean_runs + plan.calibration_runs) * tokens)

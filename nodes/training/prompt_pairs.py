@@ -2,14 +2,15 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ...hgr_models import HGRError, file_hash
 from ...hgr_models import pairs as pp
-from ..reporting.meter import current_server
-from ..schema import PROMPTS_TYPE, make_input, make_schema
+from ..host.schema import PROMPTS_TYPE, make_input, make_schema
+from ..host.server import show_text
 from . import demo_pairs
 
 SEVEN, DEMO, OWN = "seven categories", "demo world", "own only"
@@ -47,9 +48,10 @@ def own_material(own_pairs: str, own_category: str, file: str) -> pp.Material:
 
 
 def make_prompts(
-    prompt_set: str, categories: str, counts: tuple[int, int], own: pp.Material, held_out: float, seed: int
+    prompt_set: str, categories: str, counts: tuple[int, int, int], own: pp.Material, held_out: float, seed: int
 ) -> pp.Built:
-    """The prompts of a built-in set and the user's own; `counts` are pairs per built-in category, and clean prompts.
+    """The prompts of a built-in set and the user's own; `counts` are pairs per built-in category, clean prompts, and how many of
+    these are held out at least, in the set that has enough of them.
 
     Raises HGRError for unknown categories, categories without pairs, and prompts that contradict each other.
     """
@@ -64,20 +66,20 @@ def make_prompts(
     mine = [category for category in built_in if category in kept]
     avoid = pp.clean_words_to_avoid(own.pairs, built_in or pp.CATEGORIES)
     if prompt_set == DEMO:
-        material = demo_pairs.demo_world(mine, *counts, held_out, seed, avoid)
+        material = demo_pairs.demo_world(mine, *counts[:2], held_out, seed, avoid)
     else:
-        material = pp.seven_categories(mine, *counts, seed, avoid)
+        material = pp.seven_categories(mine, *counts[:2], seed, avoid)
     if avoid:
         material.notes.append(f"built-in clean prompts leave out what your own pairs are about: {', '.join(sorted(avoid))}")
     concepts = demo_pairs.CONCEPTS if prompt_set == DEMO else pp.CONCEPTS
-    return pp.build(material + own, kept, concepts, held_out, seed)
+    return pp.build(material + own, kept, concepts, held_out, seed, counts[2] if prompt_set == SEVEN else 0)
 
 
 class PromptPairs(io.ComfyNode):
     """Pairs and clean prompts for training and checking an HGR."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_PromptPairs",
             display_name="SafeCFG Prompt Pairs",
@@ -96,7 +98,7 @@ class PromptPairs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file):
+    def validate_inputs(cls, file=NO_FILE) -> str | bool:
         """Not every host looks a V3 node's choice up in its list."""
         try:
             if file not in (None, NO_FILE):  # None: another node's output
@@ -106,24 +108,27 @@ class PromptPairs(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file, **others):
+    def fingerprint_inputs(cls, file=NO_FILE, **others) -> str | float:
         return "" if file in (None, NO_FILE) else file_hash(str(input_file(file)))
 
     @classmethod
-    def execute(cls, prompt_set, categories, pairs_per_category, clean_prompts, own_pairs, own_category, file, held_out, seed):
+    def execute(
+        cls, prompt_set=SEVEN, categories="", pairs_per_category=pp.PAIRS_PER_CATEGORY, clean_prompts=pp.CLEAN_PROMPTS, own_pairs="",
+        own_category="own", file=NO_FILE, held_out=0.1, seed=0, calibration_prompts=pp.CALIBRATION_PROMPTS,
+    ) -> io.NodeOutput:  # fmt: skip
         own = own_material(own_pairs, own_category, file)
-        built = make_prompts(prompt_set, categories, (pairs_per_category, clean_prompts), own, held_out, seed)
+        built = make_prompts(
+            prompt_set, categories, (pairs_per_category, clean_prompts, calibration_prompts), own, held_out, seed
+        )
         for warning in built.warnings:
             logger.warning("SafeCFG Prompt Pairs: %s", warning)
         _show(cls, built.summary)
         return io.NodeOutput(built.prompts, built.summary, ui=ui.PreviewText(built.summary))
 
 
-def _show(node: type, text: str) -> None:
+def _show(node: Any, text: str) -> None:
     """Writes a text under the node, where a front end is connected; none shows another node's PreviewText by itself."""
-    server, node_id = current_server(), getattr(node.hidden, "unique_id", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+    show_text(text, getattr(node.hidden, "unique_id", None))
 
 
 def _inputs() -> list:
@@ -149,7 +154,7 @@ def _built_in_inputs() -> list:
         make_input(
             io.Int,
             "pairs_per_category",
-            default=200,
+            default=pp.PAIRS_PER_CATEGORY,
             min=1,
             max=5000,
             tooltip="Built-in pairs of each category, held-out ones included. Your own pairs and those of a file are all taken.",
@@ -157,11 +162,12 @@ def _built_in_inputs() -> list:
         make_input(
             io.Int,
             "clean_prompts",
-            default=1000,
+            display_name="clean_prompt_count",
+            default=pp.CLEAN_PROMPTS,
             min=0,
             max=20000,
-            tooltip="Built-in prompts that must stay untouched. At most 35 % of them only sound harmful: there are 379 of these, and none in "
-            "the demo world. More prompts keep more pictures bit-identical. 0: only those of a file.",
+            tooltip="Built-in prompts that must stay untouched, in the styles of many users. More of them keep more pictures bit-identical, and "
+            "cost no runs, only their encoding. 0: only those of a file.",
         ),
     ]
 
@@ -174,7 +180,8 @@ def _own_inputs() -> list:
             multiline=True,
             default="",
             placeholder="a portrait of a smoking man => a portrait of a man",
-            tooltip="Your own pairs, one per line: harmful => safe. Lines that begin with # are comments.",
+            tooltip="Your own pairs, one per line: harmful => safe. A line may name its category: `weapons: a knife => a spoon`. Lines that begin "
+            "with # are comments.",
         ),
         make_input(
             io.String,
@@ -213,5 +220,16 @@ def _split_inputs() -> list:
             max=2**64 - 1,
             control_after_generate=False,  # other prompts at every run would mean another training
             tooltip="Fixes which prompts are drawn and which are held out. Keep it to resume a training.",
+        ),
+        make_input(
+            io.Int,
+            "calibration_prompts",
+            default=pp.CALIBRATION_PROMPTS,
+            min=0,
+            max=10000,
+            optional=True,
+            advanced=True,
+            tooltip="At least so many of the clean prompts of seven categories are held out to set thresholds with, though no more than half. "
+            "Hundreds are needed to prove a rate of false alarms of 1 %. Nothing is held out where `held_out` is 0.",
         ),
     ]

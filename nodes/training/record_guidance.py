@@ -2,16 +2,16 @@
 
 from comfy_api.latest import io, ui
 
-from ..schema import PROMPTS_TYPE, make_input, make_schema
+from ..host.schema import PROMPTS_TYPE, defaults_of, make_input, make_schema
+from .inputs import count_inputs, latent_input, run_inputs, train_plan
 from .launch import open_session
-from .widgets import count_inputs, latent_input, run_inputs, train_plan
 
 
 class RecordGuidance(io.ComfyNode):
     """Records into a folder; several machines with different seeds can record the same prompts into one."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_RecordGuidance",
             display_name="SafeCFG Record Guidance",
@@ -33,11 +33,11 @@ class RecordGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, prompts, name, **widgets):
-        plan = train_plan(name, "both", widgets)
+    def execute(cls, model, clip, prompts, name="my_recording", **widgets) -> io.NodeOutput:
+        plan = train_plan(name, "both", {**defaults_of(cls), **widgets}, model)
         session = open_session(plan, model, clip, prompts)
         session.identify()
         session.prepare(record_only=True)
-        recording = session.record()
+        recording = session.make_recording()
         counts = ", ".join(f"{recording.count(kind)} {kind}" for kind in recording.kinds())
         return io.NodeOutput(name, ui=ui.PreviewText(f"recorded in {session.folder}: {counts} samples"))

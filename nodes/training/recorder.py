@@ -1,9 +1,11 @@
 """Recording guidance: sampling runs of the user's model through core's samplers, kept as shards. Nothing is decoded."""
 
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.sample
@@ -11,18 +13,23 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ... import hgr_models
 from ...hgr_models.detection import LEVELS
 from ...hgr_models.pairs import PromptPair, PromptSet
 from ...hgr_models.recording import Points, Policy, Prompts
-from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HARMFUL, PICTURES, TEXTS, write_runs, write_texts
+from ...hgr_models.shards import CALIBRATION, HARMFUL, PICTURES, write_runs
 from ...hgr_models.training import disguise
-from .encoding import encode_batch, text_of
-from .wording import some_layer, vary
+from ..host.encoding import encode_groups, in_rows, padded, some_layer, text_of, vary
+from ..host.families import latents_of
+from ..host.packed_latents import Part, part_for
+from .frozen_model import BATCH_ERRORS
 
-TEXT_BATCH = 32
 LOOKS, LOOK_PARTS = 2, (0.35, 0.9)  # how often, and at which parts of the schedule, a finished run is looked at as a picture
 CALIBRATION_STEPS = 20  # of a run that thresholds are calibrated on: as many as users take
 FOLLOW = ("prompt", "partner")  # what the runs follow before there is an HGR; then a third follows it
+
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -109,31 +116,87 @@ def labels(categories: tuple[str, ...], harms: frozenset[str]) -> Tensor:
 def empty_latent(model, settings: RunSettings, size: tuple[int, int], count: int) -> Tensor:
     """Zeros (count, C, *spatial) as core's own empty-latent nodes make them for this model."""
     if settings.latent is not None:
-        return torch.zeros(count, *settings.latent.shape[1:])
+        return _repeated(settings.latent, count)
     ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
     flat = torch.zeros(count, 4, max(1, size[1] // ratio), max(1, size[0] // ratio))
     return comfy.sample.fix_empty_latent_channels(model, flat)
 
 
-class RecordingGuider(comfy.samplers.CFGGuider):
+def _repeated(latent, count: int) -> Any:
+    """Zeros like a latent (1, C, *spatial), or like nested ones (audio and video), `count` times."""
+    zeros = lambda t: torch.zeros(count, *t.shape[1:])  # noqa: E731
+    if isinstance(latent, Tensor):
+        return zeros(latent)
+    return type(latent)([zeros(t) for t in latent.unbind()])
+
+
+class GroupedGuider(comfy.samplers.CFGGuider):
+    """Evaluates roles whose rows have prompts of different lengths, every group of prompts that are alike by itself."""
+
+    def set_groups(self, roles: dict[str, list[tuple[list[int], list]]]) -> None:
+        """`roles`: name to groups of `encode_groups`."""
+        name = lambda role, i: role if i == 0 else f"{role} {i}"  # noqa: E731
+        self.groups = {role: [(name(role, i), rows) for i, (rows, _) in enumerate(groups)] for role, groups in roles.items()}
+        self.inner_set_conds({name(role, i): cond for role, groups in roles.items() for i, (_, cond) in enumerate(groups)})
+
+    def inner_sample(self, *args, **kwargs) -> Any:
+        """As core's; remembers the shapes of latents that core packed into one."""
+        self.latent_shapes = tuple(kwargs.get("latent_shapes") or ())
+        return super().inner_sample(*args, **kwargs)
+
+    def part(self, x: Tensor) -> Part:
+        """Where a latent x holds what the model draws for the eye. Raises HGRError where it does not."""
+        facts = latents_of(self.model_patcher)
+        if (part := part_for(x, self.latent_shapes, facts)) is None:
+            raise hgr_models.HGRError(
+                f"Expected latents with {facts.latent_channels} channels and {facts.latent_dimensions} dimensions, as this model has, but "
+                f"got the shape {tuple(x.shape)}. Connect an empty latent that was made for it."
+            )
+        return part
+
+    def evaluate(self, roles: list[str], x: Tensor, timestep: Tensor, model_options: dict | None) -> list[Tensor]:
+        """The x0 prediction (B, C, *spatial) of each role."""
+        together = [role for role in roles if len(self.groups[role]) == 1]  # in one batch, as core samples
+        found = dict(zip(together, self._calc(together, x, timestep, model_options), strict=True)) if together else {}
+        for role in roles:
+            if role not in found:
+                found[role] = torch.empty_like(x)
+                for name, rows in self.groups[role]:
+                    at = timestep if timestep.numel() == 1 else timestep[rows]
+                    found[role][rows] = self._calc([name], x[rows], at, model_options)[0]
+        return [found[role] for role in roles]
+
+    def _calc(self, names: list[str], x: Tensor, timestep: Tensor, model_options: dict | None) -> list[Tensor]:
+        conds = [self.conds[name] for name in names]
+        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})
+
+
+class RecordingGuider(GroupedGuider):
     """Evaluates negative, prompt and partner at every step, keeps all three, and follows one of them."""
 
-    def prepare(self, job: Job, conds: dict[str, list], policy: Policy | None) -> "RecordingGuider":
-        self.inner_set_conds(conds)
-        self.job, self.policy, self.points = job, policy, []
+    def prepare(self, job: Job, roles: dict[str, list], policy: Policy | None) -> "RecordingGuider":
+        """`roles` as in `set_groups`: positive, negative, and partner where it is another prompt."""
+        self.set_groups(roles)
+        self.job, self.policy = job, policy
+        self.points: list[Points] = []
         return self
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None):
+    def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        roles = [self.conds["negative"], self.conds["positive"], *([self.conds["partner"]] if "partner" in self.conds else [])]
-        uncond, cond, *partner = comfy.samplers.calc_cond_batch(self.inner_model, roles, x, timestep, model_options or {})
-        partner = partner[0] if partner else cond
+        roles = ["negative", "positive", *(["partner"] if "partner" in self.groups else [])]
+        uncond, cond, *others = self.evaluate(roles, x, timestep, model_options)
+        partner = others[0] if others else cond
         sigma = timestep.expand(len(x)) if timestep.numel() == 1 else timestep
         c_in = self.inner_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).flatten(1)[:, 0]
-        columns = (t.detach().float().cpu() for t in (x, sigma, c_in, uncond, cond, partner))
-        self.points.append(Points(*columns, shown=torch.zeros(len(x), 0), prompt=torch.arange(len(x))))
+        part, kept = self.part(x), lambda t: t.detach().float().cpu()
+        seen, *predicted = (part.take(t) for t in (x, uncond, cond, partner))
+        columns, rest = map(kept, (seen, sigma, c_in, *predicted)), part.rest(x)
+        shown, rest = torch.zeros(len(x), 0), None if rest is None else kept(rest)
+        self.points.append(Points(*columns, shown, torch.arange(len(x)), rest))
         towards = {"prompt": cond, "partner": partner}.get(self.job.follow)
-        towards = self.policy(self.inner_model, x, sigma, uncond, cond) if towards is None else towards
+        if towards is None:
+            assert self.policy is not None  # who follows it has one
+            towards = part.put(cond, self.policy(self.inner_model, seen, sigma, *predicted[:2]))
         return uncond + (towards - uncond) * self.job.cfg
 
 
@@ -149,49 +212,84 @@ def _look_again(model, guider, output: Tensor, part: float, seed: int) -> None:
     """Noises finished latents to a part of the schedule and evaluates them once more, as SafeCFG Detect Harm looks at pictures."""
     sigma = float(model.get_model_object("model_sampling").percent_to_sigma(part))
     euler = comfy.samplers.sampler_object("euler")
-    noise = comfy.sample.prepare_noise(output, seed)
+    nested = getattr(output, "is_nested", False)
+    sampled = output if nested else model.model.process_latent_in(output)  # a format may fold frames into channels
+    noise = comfy.sample.prepare_noise(sampled, seed)
     guider.sample(noise, output, euler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)
+
+
+def at_once_or_one_by_one(run: Callable[[bool], Found], count: int) -> Found:
+    """What `run(one_by_one)` gives for `count` rows: at once, or one by one where core cannot evaluate a model in batches."""
+    try:
+        return run(False)
+    except BATCH_ERRORS as error:
+        if count == 1 or isinstance(error, (torch.OutOfMemoryError, hgr_models.HGRError)):
+            raise
+        logger.debug("SafeCFG: a batch failed; its rows are evaluated one by one.", exc_info=True)
+    return run(True)
 
 
 def record_job(
     model, clip, prompts: PromptSet, job: Job, settings: RunSettings, scale: Tensor | None, policy: Policy | None
 ) -> tuple[Points, Prompts, Points | None]:
+    """As `_record_job`; a model that core cannot evaluate in batches gets its rows one by one."""
+    arguments = model, clip, prompts, job, settings, scale, policy
+    return at_once_or_one_by_one(lambda one_by_one: _record_job(*arguments, one_by_one), len(job.pairs))
+
+
+def _record_job(
+    model,
+    clip,
+    prompts: PromptSet,
+    job: Job,
+    settings: RunSettings,
+    scale: Tensor | None,
+    policy: Policy | None,
+    one_by_one: bool,
+) -> tuple[Points, Prompts, Points | None]:
     """Samples a job's runs and gives every step of them; of runs to calibrate with also what a detector will see of them.
 
     A quarter of the harmful prompts is disguised in units of `scale` (D,): the direction must show what text hides. Runs to
-    learn from are worded as users do (`wording`), prompt and partner alike; runs to measure with are not.
+    learn from are worded as users do (`encoding.vary`), prompt and partner alike; runs to measure with are not.
     """
     texts, rng = [[pair.harmful for pair in job.pairs], [pair.safe for pair in job.pairs]], random.Random(f"{job.seed} wording")
     if job.looks:
         texts, clip = vary(texts, prompts.clean, rng), some_layer(clip, rng)
-    text = encode_batch(clip, texts[0])
-    conds = {"positive": text, "negative": encode_batch(clip, [job.negative])}
+    groups = lambda texts: encode_groups(clip, texts, one_by_one)  # noqa: E731
+    negative = lambda text: groups([text] * (len(job.pairs) if one_by_one else 1))  # noqa: E731
+    roles = {"positive": groups(texts[0]), "negative": negative(job.negative)}
     if job.kind == HARMFUL:
-        generator = torch.Generator().manual_seed(job.seed)
-        text[0][0] = text[0][0] if scale is None else disguise(text[0][0], scale, 0.25, generator)
-        conds["partner"] = encode_batch(clip, texts[1])
-    guider = RecordingGuider(model).prepare(job, conds, policy)
+        if scale is not None:
+            _disguise(roles["positive"], scale, torch.Generator().manual_seed(job.seed))
+        roles["partner"] = groups(texts[1])
+    guider = RecordingGuider(model).prepare(job, roles, policy)
     output = sample(model, guider, job, settings, CALIBRATION_STEPS if job.kind == CALIBRATION else settings.steps)
     for seed in range(job.seed + 1, job.seed + 1 + job.looks):
         _look_again(model, guider, output, random.Random(seed).uniform(*LOOK_PARTS), seed)
     run, pictures = guider.points, None
     if job.kind == CALIBRATION:
-        guider.prepare(job, {"positive": text, "negative": encode_batch(clip, [""])}, None)  # the negative of SafeCFG Detect Harm
+        roles["negative"] = negative("")  # the negative of SafeCFG Detect Harm
+        guider.prepare(job, roles, None)
         for look, part in enumerate(LEVELS, start=1):
             _look_again(model, guider, output, part, job.seed + look)
         pictures = Points.cat(guider.points)
-    harms, removed = (
-        torch.stack([labels(prompts.categories, getattr(p, name)) for p in job.pairs]) for name in ("harms", "removed")
-    )
-    rows, points = text_of(text, harms), Points.cat(run)
+    harms = torch.stack([labels(prompts.categories, pair.harms) for pair in job.pairs])
+    removed = torch.stack([labels(prompts.categories, pair.removed) for pair in job.pairs])
+    rows, points = text_of(padded(in_rows(roles["positive"])), harms), Points.cat(run)
     shown = harms if job.follow == "prompt" else harms - removed
     for some in (points, pictures):
         if some is not None:
             some.shown = shown.repeat(len(some) // len(shown), 1)
-    return points, Prompts(rows.tokens, None, None, harms, removed, rows.pooled, rows.mask), pictures
+    return points, Prompts(rows.tokens, None, None, harms, removed, rows.pooled, rows.mask, rows.lengths), pictures
 
 
-def record(
+def _disguise(groups: list[tuple[list[int], list]], scale: Tensor, generator: torch.Generator) -> None:
+    """Moves the tokens of some prompts; in place in the groups."""
+    for _, conditioning in groups:
+        conditioning[0][0] = disguise(conditioning[0][0], scale[: conditioning[0][0].shape[-1]], 0.25, generator)
+
+
+def record_shards(
     model, clip, prompts: PromptSet, jobs: list[Job], settings: RunSettings, folder: Path, facts: dict,
     scale: Tensor | None = None, policy: Policy | None = None,
 ) -> Iterator[Job]:  # fmt: skip
@@ -204,25 +302,3 @@ def record(
                 write_runs(folder / f"{PICTURES}-{job.name}.safetensors", PICTURES, pictures, rows, facts)
             write_runs(path, job.kind, points, rows, facts)
         yield job
-
-
-def write_prompts(clip, prompts: PromptSet, seed: int, folder: Path, facts: dict) -> Iterator[float]:
-    """Writes every encoded training prompt as shards, those with harms apart; yields the share that is done.
-
-    As users write them (`wording`).
-    """
-    groups = {HARMFUL: prompts.pairs, CLEAN: clean_pairs(prompts.clean), CALIBRATION: clean_pairs(prompts.held_out_clean)}
-    batches = [
-        (kind, f"texts-{kind}-{i:05d}", pairs[start : start + TEXT_BATCH])
-        for kind, pairs in groups.items()
-        for i, start in enumerate(range(0, len(pairs), TEXT_BATCH))
-    ]
-    for done, (kind, name, pairs) in enumerate(batches):
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            rng = random.Random(f"{seed} {name}")
-            (texts,) = vary([[pair.harmful for pair in pairs]], prompts.clean, rng)
-            harms = torch.stack([labels(prompts.categories, pair.harms) for pair in pairs])
-            rows = text_of(encode_batch(some_layer(clip, rng), texts), harms)
-            write_texts(path, rows, facts, CALIBRATION_TEXTS if kind == CALIBRATION else TEXTS)
-        yield (done + 1) / len(batches)

@@ -99,7 +99,7 @@ def look_at_clean(found: Found, hgr, points: Points, prompts: Prompts, pictures:
         found.clean_readings += list(hgr.condition.harmfulness(*rows).cpu())
     if hgr.guidance is not None:
         found.clean_maxima += list(run_maxima(hgr, points, device))
-        texts = Texts(prompts.tokens, prompts.pooled, prompts.mask, prompts.harms)
+        texts = Texts(prompts.tokens, prompts.pooled, prompts.mask, prompts.harms, prompts.lengths)
         found.clean_pictures += list(picture_readings(hgr, pictures, texts, device))
 
 
