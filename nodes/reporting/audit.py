@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 from comfy_execution.utils import get_executing_context
 
-from .meter import current_server
+from ..host.server import current_server
 from .traces import ImageTrace
 
 LEVELS = OFF, SCORES, SCORES_AND_PROMPT = ("off", "scores", "scores and prompt")
@@ -25,9 +25,25 @@ TEXTS = frozenset("text text_g text_l clip_l clip_g t5xxl llama bert mt5xl qwen2
 _lock = threading.Lock()  # where the system does not append in one piece (Windows), threads at least do not mix
 
 
+_place: Path | None = None  # where the operator wants it
+
+
 def path() -> Path:
     """The log's file."""
-    return Path(folder_paths.get_output_directory()) / FILE
+    return _place or Path(folder_paths.get_output_directory()) / FILE
+
+
+def keep_at(place: Path) -> None:
+    """Keeps the log in a file of its own from now on: clients can read what is in the output folder."""
+    global _place
+    _place = place
+
+
+def event(**facts) -> str:
+    """A line about something else than an image of a run: what was refused, or held back."""
+    context = get_executing_context()
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return json.dumps({"time": now, "prompt_id": context.prompt_id if context is not None else None, **facts}, ensure_ascii=False)
 
 
 def append(lines: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Pictures of scores: bars per category, heat maps over pictures, curves and notices. Pillow only: ComfyUI ships it."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 PAPER, INK, FAINT, TRACK = (24, 26, 30), (232, 234, 238), (120, 126, 136), (52, 56, 64)
 HARM, CLEAN, LIMIT = (226, 76, 62), (88, 166, 120), (250, 200, 80)
 COLOURS = ((96, 160, 240), (236, 148, 60), (120, 200, 120), (214, 110, 190), (90, 200, 210), (220, 200, 90), (170, 130, 230))
+STRONG = 4.0  # log odds that a word adds: it is drawn in full red
 MARGIN, ROW, PANEL, NAME = 12, 24, 320, 110  # pixels: border, a line of text or a bar, longest side of a picture, category names
 
 
@@ -38,7 +40,7 @@ class Curve:
 
 
 @cache
-def font(size: int) -> ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: Latin letters."""
     return ImageFont.load_default(size)
 
@@ -116,6 +118,32 @@ def curves(lines: Sequence[Curve], mark: tuple[float, float], labels: tuple[str,
     draw.text((MARGIN // 2, MARGIN + ROW), labels[1].replace(" ", "\n", 1), INK, font(11))
     for i, (text, colour) in enumerate(legend):
         draw.text((MARGIN, side + 5 * MARGIN + i * ROW), text, colour, font(14))
+    return to_tensor(canvas)
+
+
+def prompt(bars: Sequence[Bar], pieces: Sequence[tuple[str, float]]) -> Tensor:
+    """A prompt's scores as bars, and below them its text in pieces, each on a ground the redder the more it adds: (H, W, 3)."""
+    width, size = 2 * PANEL, 15
+    placed, x, y = [], float(MARGIN), ROW * len(bars) + 2 * MARGIN
+    for piece, value in pieces:
+        for part in re.findall(r"\s+|\S+", piece):
+            length = font(size).getlength(" " if part.isspace() else part)
+            if "\n" in part or (x + length > width - MARGIN and x > MARGIN):
+                x, y = MARGIN, y + ROW
+            if not part.isspace() or x > MARGIN:
+                placed.append((x, y, length, part, value))
+                x += length
+    canvas = Image.new("RGB", (width, y + (ROW + MARGIN if placed else 0)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for i, bar in enumerate(bars):
+        draw_bar(draw, bar, (MARGIN, MARGIN + i * ROW, width - MARGIN))
+    for x, y, length, part, value in placed:
+        if part.isspace():
+            continue
+        share = min(max(value, 0.0) / STRONG, 1.0)
+        ground = tuple(round(p + share * (h - p)) for p, h in zip(PAPER, HARM, strict=True))
+        draw.rectangle((x - 1, y, x + length + 1, y + ROW - 4), ground)
+        draw.text((x, y + 1), part, INK, font(size))
     return to_tensor(canvas)
 
 

@@ -4,25 +4,20 @@ Without a connected front end nothing is read. With one, a step's readings are s
 later step; only the message at the end of a run waits for nothing more than the run itself.
 """
 
-import sys
 import time
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from comfy_execution.utils import get_executing_context
-from torch import Tensor
 
-from ..redirect.readings import Lagged, Readings
+from ..host.server import current_server
+from .run_log import Lagged, Readings, Rows
 from .traces import ImageTrace, number
 
 EVENT = "safecfg.meter"
 SECONDS = 0.1  # between two messages of a run
-
-
-def current_server():
-    """ComfyUI's server; None where ComfyUI's code runs without one (notebooks, tests)."""
-    module = sys.modules.get("server")  # not imported here: the name belongs to whoever started the process
-    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 class Meter:
@@ -35,7 +30,7 @@ class Meter:
         self._lagged, self._lagged_step = Lagged(), 0
         self._next = 0.0
 
-    def _server(self):
+    def _server(self) -> Any:
         """The server, when the client that queued this prompt listens to it; else None."""
         server = current_server() if self.node_id is not None else None
         return server if server is not None and server.client_id in server.sockets else None
@@ -45,35 +40,39 @@ class Meter:
         if (server := self._server()) is not None:
             self._send(server, {"series": []})
 
-    def show_step(self, step: int, row: Tensor) -> None:
-        """A step's row per image (B, 2 K + 2), as `Readings.add` makes it; it is shown in a later step."""
+    def show_step(self, step: int, rows: Rows) -> None:
+        """A step's readings, a row per image; they are shown in a later step."""
         if (server := self._server()) is None:
             return
         if self._lagged.ready and time.monotonic() >= self._next:
-            values, k = self._lagged.take().numpy(), len(self.readings.info.categories)
-            thresholds = self.readings.thresholds_at(values[:, 0])
-            reading = _reading(self._lagged_step, values[:, 2 : 2 + k], thresholds, values[:, 2 + k :])
-            self._send(server, {"images": len(values), "series": [reading]})
+            shown = Rows(self._lagged.take().numpy())
+            reading = _reading(self._lagged_step, shown.harmfulness, self.readings.thresholds_at(shown.sigmas), shown.weights)
+            self._send(server, {"images": len(shown.values), "series": [reading]})
             self._next = time.monotonic() + SECONDS
         on_its_way = self._lagged.waiting and not self._lagged.ready
         # Other devices have no copy that the host need not wait for: they show the end only.
-        if row.device.type in ("cpu", "cuda") and not on_its_way:
-            self._lagged.put(row)
+        if rows.values.device.type in ("cpu", "cuda") and not on_its_way:
+            self._lagged.put(rows.values)
             self._lagged_step = step
 
-    def show_end(self, traces: list[ImageTrace]) -> None:
-        """The run is over: every step that was read."""
+    def show_end(self, traces: list[ImageTrace], notices: Sequence[str] = ()) -> None:
+        """The run is over: every step that was read, and what could not be redirected."""
         if (server := self._server()) is None:
             return
-        harmfulness, thresholds, weights = (
-            np.stack([getattr(trace, name) for trace in traces], axis=1) for name in ("harmfulness", "thresholds", "weights")
-        )  # (S, B, K)
+        columns = zip(*((trace.harmfulness, trace.thresholds, trace.weights) for trace in traces), strict=True)
+        harmfulness, thresholds, weights = (np.stack(column, axis=1) for column in columns)  # (S, B, K)
         series = [
             _reading(int(step), *rows)
             for step, *rows in zip(traces[0].evaluations, harmfulness, thresholds, weights, strict=True)
         ]
         redirected = sum(bool(trace.redirected.any()) for trace in traces)
-        self._send(server, {"images": len(traces), "series": series, "done": True, "redirected_images": redirected})
+        about = {"images": len(traces), "redirected_images": redirected, "notices": list(notices)}
+        self._send(server, {**about, "series": series, "done": True})
+
+    def show_stopped(self, reason: str) -> None:
+        """The run was stopped."""
+        if (server := self._server()) is not None:
+            self._send(server, {"series": [], "done": True, "stopped": reason})
 
     def _send(self, server, message: dict) -> None:
         context = get_executing_context()

@@ -5,10 +5,13 @@ import json
 import torch
 from comfy_api.latest import io, ui
 
-from ..redirect.runs import KEY, ApplySettings
-from ..schema import make_input, make_schema
+from ..host.hooks import KEY
+from ..host.schema import make_input, make_schema
+from ..host.settings import ApplySettings
 from . import report_drawing, traces
 
+OFF = "this MODEL has no SafeCFG"
+OFF_REASON = "It went through no SafeCFG Apply, or through one with strength 0: this is the picture of the model alone."
 MISS = "no trace for this latent"
 MISS_REASON = (
     "This SafeCFG Apply did not sample it, it was changed after sampling, or newer runs took its place. "
@@ -16,9 +19,13 @@ MISS_REASON = (
 )
 
 
-def make_report(settings: ApplySettings, latent: dict) -> tuple[torch.Tensor, str]:
-    """Pictures (B, H, W, 3) in [0, 1], one per image of a LATENT, and the same in JSON."""
+def make_report(settings: ApplySettings | None, latent: dict) -> tuple[torch.Tensor, str]:
+    """Pictures (B, H, W, 3) in [0, 1], one per image of a LATENT, and the same in JSON; `settings` None: of a MODEL without SafeCFG."""
     count = len(traces.digests(latent["samples"]))
+    if settings is None:
+        texts = [f"SafeCFG Report, image {i} of {count}: {OFF}. {OFF_REASON}" for i in range(1, count + 1)]
+        entries = [{"found": False, "reason": f"{OFF}. {OFF_REASON}"}] * count
+        return torch.stack([report_drawing.miss(1, text) for text in texts]), json.dumps({"categories": {}, "images": entries})
     found = traces.trace_of(latent, settings.identity)
     images = found.images if found is not None else (None,) * count
     pictures, entries, k = [], [], len(settings.info.categories)
@@ -36,10 +43,10 @@ def make_report(settings: ApplySettings, latent: dict) -> tuple[torch.Tensor, st
 
 def _thresholds(settings: ApplySettings) -> dict[str, float | None]:
     """Of the prompts, per category; None: switched off."""
-    offset, strengths = settings.categories.threshold_offset, settings.categories.strengths
+    limits, strengths = settings.info.limits(offset=settings.categories.threshold_offset).tolist(), settings.categories.strengths
     return {
-        name: round(min(max(limit + offset, 0.0), 1.0), 6) if strength > 0 else None
-        for name, limit, strength in zip(settings.info.categories, settings.info.condition_thresholds, strengths, strict=True)
+        name: round(limit, 6) if strength > 0 else None
+        for name, limit, strength in zip(settings.info.categories, limits, strengths, strict=True)
     }
 
 
@@ -47,7 +54,7 @@ class Report(io.ComfyNode):
     """Draws the traces of a latent; see `make_report`."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_Report",
             display_name="SafeCFG Report",
@@ -71,12 +78,7 @@ class Report(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent):
+    def execute(cls, model, latent) -> io.NodeOutput:
         settings = model.get_attachment(KEY)
-        if settings is None:
-            raise ValueError(
-                "Expected a MODEL that went through SafeCFG Apply, but this one has no SafeCFG (or its strength is 0). "
-                "Connect SafeCFG Apply's output, as the sampler's."
-            )
         pictures, text = make_report(settings, latent)
         return io.NodeOutput(pictures, text, ui=ui.PreviewImage(pictures, cls=cls))

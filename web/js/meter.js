@@ -1,15 +1,19 @@
-// The live meter on SafeCFG Apply: per category a bar with its threshold and the trace of the run.
+// The live meter on SafeCFG Apply and SafeCFG Protect: per category a bar with its threshold and the trace of the run.
 //
 // Messages come from nodes/reporting/meter.py while a patched model samples. A node has no meter until its first message, and
 // nothing of it is saved with the workflow. Its words are in locales/<language>/main.json.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { loadTexts, text as textOf } from "./texts.js";
 
 const EVENT = "safecfg.meter";
-const NODE = "SafeCFG_Apply";
+const NODES = new Set(["SafeCFG_Apply", "SafeCFG_Protect"]);
 const WIDGET = "safecfg_meter";
 const ROW = 20; // pixels, as in the styles below
+const LINE = 18; // pixels, a line of text
+const STATUS_LINES = 2; // for each run
+const NOTICE_LINES = 3; // for each thing that could not be redirected
 const MARGIN = 6; // around the meter
 const HARM = "#e24c3e";
 const CLEAN = "#58a678";
@@ -20,8 +24,10 @@ const STYLE = `
 .safecfg-meter { box-sizing: border-box; width: 100%; padding: 2px 4px; font: 11px/18px sans-serif; overflow: hidden;
   color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border-radius: 4px; pointer-events: none; }
 .safecfg-meter-row { display: grid; grid-template-columns: 72px 1fr 1fr; gap: 6px; height: ${ROW}px; align-items: center; }
-.safecfg-meter-name, .safecfg-meter-status { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; height: ${ROW - 2}px; }
-.safecfg-meter-status { color: var(--descrip-text, #999); }
+.safecfg-meter-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; height: ${ROW - 2}px; }
+.safecfg-meter-status, .safecfg-meter-notice { display: -webkit-box; -webkit-box-orient: vertical; overflow: hidden; margin-bottom: 2px; }
+.safecfg-meter-status { color: var(--descrip-text, #999); max-height: ${STATUS_LINES * LINE}px; -webkit-line-clamp: ${STATUS_LINES}; }
+.safecfg-meter-notice { color: ${HARM}; max-height: ${NOTICE_LINES * LINE}px; -webkit-line-clamp: ${NOTICE_LINES}; }
 .safecfg-meter-track { position: relative; height: 8px; background: var(--border-color, #444); border-radius: 2px; }
 .safecfg-meter-fill { position: absolute; left: 0; top: 0; bottom: 0; border-radius: 2px; }
 .safecfg-meter-limit { position: absolute; top: -3px; bottom: -3px; width: 2px; background: ${LIMIT}; }
@@ -29,20 +35,8 @@ const STYLE = `
 `;
 
 const meters = new WeakMap(); // by node: a node that is deleted takes its meter with it
-const texts = {}; // by language: the meter's part of locales/*/main.json
-
-/** Asks the host for the texts; it reads them from the packs' locales. */
-async function loadTexts() {
-  const answer = await api.fetchApi("/i18n");
-  for (const [language, { safecfg }] of Object.entries(await answer.json())) texts[language] = safecfg?.meter;
-}
-
-/** A text in the front end's language, its {names} replaced by `values`; in English where we have none in that language. */
-function text(key, values = {}) {
-  const language = app.extensionManager.setting.get("Comfy.Locale");
-  const template = texts[language]?.[key] ?? texts.en?.[key] ?? key;
-  return template.replace(/\{(\w+)\}/g, (_, name) => values[name]);
-}
+/** The meter's own words. */
+const text = (key, values) => textOf("meter", key, values);
 
 function create(tag, name, parent) {
   const element = document.createElement(tag);
@@ -80,12 +74,14 @@ class Row {
   }
 }
 
-/** The meter of one node: it shows the run whose message came last. */
+/** The meter of one node: it shows all runs of one queued prompt, a line for each sampler, with what could not be redirected. */
 class Meter {
   constructor(node) {
+    this.runs = new Map(); // by name: its latest message and its readings, in the order in which they began
+    this.lines = STATUS_LINES;
     this.element = document.createElement("div");
     this.element.className = "safecfg-meter";
-    const height = () => ROW * (1 + (this.rows?.length ?? 0)) + 6 + 2 * MARGIN;
+    const height = () => LINE * this.lines + ROW * (this.rows?.length ?? 0) + 10 + 2 * MARGIN;
     const options = { serialize: false, hideOnZoom: true, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
     const widget = node.addDOMWidget(WIDGET, WIDGET, this.element, options);
     widget.serialize = false; // neither its value in the prompt (above) nor in the workflow
@@ -93,20 +89,21 @@ class Meter {
 
   /** Takes a message in; whether the meter has another height now. */
   update(message) {
-    if (message.run !== this.run) {
-      this.run = message.run;
-      this.series = new Map();
-    }
+    const before = this.lines;
+    if (!this.runs.has(message.run) && (message.prompt_id ?? null) !== this.queued) this.runs.clear();
+    this.queued = message.prompt_id ?? undefined; // without a number every run stands for itself
+    const run = this.runs.get(message.run) ?? { series: new Map() };
+    this.runs.set(message.run, Object.assign(run, { message }));
     const categories = message.categories.join("\n");
     const others = categories !== this.categories;
     if (others) {
       this.categories = categories;
       this.element.replaceChildren();
       this.rows = message.categories.map((name) => new Row(this.element, name));
-      this.status = create("div", "status", this.element);
+      this.status = create("div", "lines", this.element);
     }
-    for (const reading of message.series) this.series.set(reading.step, reading);
-    this.message = message;
+    for (const reading of message.series) run.series.set(reading.step, reading);
+    this.lines = [...this.runs.values()].reduce((sum, { message }) => sum + STATUS_LINES + notices(message).length * NOTICE_LINES, 0);
     if (!this.due) {
       this.due = true; // one drawing per frame, however many messages
       requestAnimationFrame(() => {
@@ -114,22 +111,42 @@ class Meter {
         this.draw();
       });
     }
-    return others;
+    return others || this.lines !== before;
   }
 
   draw() {
-    const { message, series } = this;
-    const readings = [...series.values()].sort((a, b) => a.step - b.step);
-    const steps = Math.max(message.steps, readings.at(-1)?.step ?? 1); // some samplers evaluate more often than they step
-    this.rows.forEach((row, k) => {
-      const points = readings.map((r) => [steps > 1 ? (r.step - 1) / (steps - 1) : 0, r.guidance[k] ?? 0]);
-      row.show(category(message, readings, k), points);
+    const runs = [...this.runs.values()].map(({ message, series }) => {
+      const readings = [...series.values()].sort((a, b) => a.step - b.step);
+      const steps = Math.max(message.steps, readings.at(-1)?.step ?? 1); // some samplers evaluate more often than they step
+      return { message, readings, steps };
     });
-    this.status.textContent = status(message, readings, steps);
+    this.rows.forEach((row, k) => {
+      const bars = runs.map((run) => ({ ...run, ...category(run.message, run.readings, k) }));
+      const bar = bars.reduce((most, other) => (other.harmful > most.harmful || (other.harmful === most.harmful && other.margin > most.margin) ? other : most));
+      const points = bar.readings.map((r) => [bar.steps > 1 ? (r.step - 1) / (bar.steps - 1) : 0, r.guidance[k] ?? 0]);
+      row.show(bar, points);
+    });
+    this.status.replaceChildren();
+    for (const { message, readings, steps } of runs) {
+      const line = create("div", "status", this.status);
+      line.textContent = (runs.length > 1 ? `${samplerTitle(message.sampler)}: ` : "") + status(message, readings, steps);
+      for (const notice of notices(message)) create("div", "notice", this.status).textContent = `⚠ ${notice}`;
+    }
   }
 }
 
-/** A category's bar: the prompt or the latest step, whichever lies closer to its threshold or further above it. */
+/** What a run could not redirect, or why it was stopped. */
+function notices(message) {
+  return [...(message.notices ?? []), ...(message.stopped ? [message.stopped] : [])];
+}
+
+/** The name that a user sees on a sampler; its number where it is not in this workflow. */
+function samplerTitle(id) {
+  const node = anyNodeOf(id);
+  return node?.getTitle?.() ?? node?.title ?? String(id ?? "");
+}
+
+/** A category's bar in a run: the prompt or the latest step, whichever lies closer to its threshold or further above it. */
 function category(message, readings, k) {
   const last = readings.at(-1);
   const prompt = message.prompt && { value: message.prompt[k] ?? 0, limit: message.prompt_thresholds[k] };
@@ -137,7 +154,7 @@ function category(message, readings, k) {
   const margin = (bar) => (bar ? bar.value - bar.limit : -Infinity);
   const bar = (margin(guidance) > margin(prompt) ? guidance : prompt) ?? guidance ?? { value: 0, limit: 1 };
   const harmful = Boolean(message.prompt_redirected?.[k] || readings.some((r) => r.redirected[k]));
-  return { ...bar, harmful };
+  return { ...bar, harmful, margin: margin(bar) };
 }
 
 function status(message, readings, steps) {
@@ -150,20 +167,26 @@ function status(message, readings, steps) {
   if (!message.done) parts.push(text("step", { step, steps }));
   if (prompt) parts.push(text("prompt", { categories: prompt }));
   if (guidance) parts.push(text("guidance", { categories: guidance }));
-  if (message.done && redirected) parts.push(text("images", { redirected, images }));
-  if (message.done && !redirected) parts.push(text("nothing"));
+  if (message.stopped) parts.push(text("stopped"));
+  else if (message.done && redirected) parts.push(text("images", { redirected, images }));
+  else if (message.done) parts.push(text("nothing"));
   return parts.join(" · ");
 }
 
 /** The node of an execution id such as 12, or 5:12 for node 12 in the subgraph node 5; null when it is not in this workflow. */
-function nodeOf(id) {
+function anyNodeOf(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
   for (const part of String(id).split(":")) {
     node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part));
     graph = node?.subgraph;
   }
-  return node?.comfyClass === NODE ? node : null;
+  return node ?? null;
+}
+
+function nodeOf(id) {
+  const node = anyNodeOf(id);
+  return NODES.has(node?.comfyClass) ? node : null;
 }
 
 function onMessage({ detail }) {
