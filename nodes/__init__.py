@@ -9,20 +9,25 @@ from .detection.detect_harm import DetectHarm
 from .detection.detect_prompt import DetectPromptHarm
 from .detection.image_gate import ImageGate
 from .detection.roc_report import RocReport
+from .detection.text_encode import TextEncode
 from .enforcement import enforce
+from .evaluate.evaluate import Evaluate
 from .loader import LoadHGR, register_folder
+from .protect.protect import Protect
 from .redirect.apply import Apply
 from .redirect.combine_hgr import CombineHGR
 from .reporting.report import Report
+from .safe_lora.fine_tune import FineTuneSafeLora
+from .training.calibrate_hgr import CalibrateHGR
 from .training.check_hgr import CheckHGR
-from .training.fine_tune import FineTuneSafeLora
+from .training.own_prompts import OwnPrompts
 from .training.prompt_pairs import PromptPairs
 from .training.record_guidance import RecordGuidance
 from .training.train_hgr import TrainHGR
 
 NODES = [
-    LoadHGR, CombineHGR, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, DetectHarm, ImageGate, RocReport, Report,
-    PromptPairs, RecordGuidance, TrainHGR, CheckHGR, FineTuneSafeLora,
+    LoadHGR, CombineHGR, Protect, Apply, DemoModel, PromptBatch, ConceptGuidance, DetectPromptHarm, TextEncode, DetectHarm, ImageGate,
+    RocReport, Report, PromptPairs, RecordGuidance, TrainHGR, CheckHGR, OwnPrompts, CalibrateHGR, FineTuneSafeLora, Evaluate,
 ]  # fmt: skip
 
 

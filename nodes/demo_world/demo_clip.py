@@ -1,5 +1,7 @@
 """The demo's tokenizer and text encoder as core's CLIP class wants them: weights such as (apple:1.3), chunks, prompts of any length."""
 
+from typing import Any
+
 import comfy.ops
 import torch
 from comfy import sd1_clip
@@ -14,7 +16,7 @@ NAME = "l"  # of the prompt's part, as in core's SD1 classes: other packs look f
 class DemoTokenizer:
     """Prompts to chunks of (token id, weight) pairs."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data=None):
+    def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
         self.ids = Vocabulary.load().ids()
         self.words = {i: word for word, i in self.ids.items()}
 
@@ -22,39 +24,39 @@ class DemoTokenizer:
         """{"l": chunks of CONTEXT (id, weight) or (id, weight, word number) tuples}; `(word:1.3)` and `\\(` as in core."""
         parts = sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
         tokens = [(token, weight) for part, weight in parts for token in tokenize(sd1_clip.unescape_important(part), self.ids)]
-        tokens = [(token, weight, number) for number, (token, weight) in enumerate(tokens, start=1)]
+        numbered = [(token, weight, number) for number, (token, weight) in enumerate(tokens, start=1)]
         size = CONTEXT - 1
         chunks = []
-        for i in range(0, max(1, len(tokens)), size):
-            words = tokens[i : i + size]
+        for i in range(0, max(1, len(numbered)), size):
+            words = numbered[i : i + size]
             chunks.append([(START, 1.0, 0), *words, *[(PAD, 1.0, 0)] * (size - len(words))])
         return {NAME: chunks if return_word_ids else [[token[:2] for token in chunk] for chunk in chunks]}
 
     def untokenize(self, tokens: list) -> list:
         """[(token, word)] of a chunk's tokens, as core's tokenizers answer."""
-        return [(token, self._word(token[0])) for token in tokens]
+        return [(token, self._text_of(token[0])) for token in tokens]
 
     def decode(self, token_ids: list, skip_special_tokens: bool = True) -> str:
         """The words of token ids, separated by spaces."""
         special = (START, PAD) if skip_special_tokens else ()
-        return " ".join(self._word(i) for i in token_ids if i not in special)
+        return " ".join(self._text_of(i) for i in token_ids if i not in special)
 
     def state_dict(self) -> dict:
         return {}
 
-    def _word(self, token: int) -> str:
+    def _text_of(self, token: int) -> str:
         return self.words.get(token, {START: "<start>", PAD: "<pad>"}.get(token, "<unknown>"))
 
 
 class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
     """The demo's text encoder behind the interface of core's text models; it has no pooled vector."""
 
-    disable_offload = True  # a few MB with bare parameters: core's dynamic loader is not for those
+    disable_offload = True  # a few MB with parameters of their own: core's dynamic loader is not for those
 
-    def __init__(self, device="cpu", dtype=None, model_options=None):
+    def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
         super().__init__()
         self.transformer = TextEncoder(len(Vocabulary.load().words), ops=comfy.ops.manual_cast)  # fp32: small, and exact
-        self.transformer.to(device).eval().requires_grad_(False)
+        self.transformer.to(device).train(False).requires_grad_(False)
         self.dtypes = {torch.float32}
 
     def load_demo_weights(self) -> None:
@@ -62,7 +64,7 @@ class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
         files.load_module(self.transformer, "text_encoder")
         self.transformer.vectors.copy_(Vocabulary.load().vectors)
 
-    def encode_token_weights(self, token_weight_pairs: dict):
+    def encode_token_weights(self, token_weight_pairs: dict) -> Any:
         return super().encode_token_weights(token_weight_pairs[NAME])
 
     def gen_empty_tokens(self, special_tokens, length: int) -> list[int]:
@@ -71,7 +73,7 @@ class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
 
     special_tokens = {"start": START, "pad": PAD}
 
-    def encode(self, tokens: list[list[int]]):
+    def encode(self, tokens: list[list[int]]) -> tuple:
         """Chunks of token ids -> tokens (chunks, CONTEXT, D) float32, and no pooled vector."""
         device = self.transformer.special.device
         return self.transformer(torch.tensor(tokens, dtype=torch.long, device=device)).float(), None
@@ -82,5 +84,5 @@ class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
     def reset_clip_options(self) -> None:
         pass
 
-    def load_sd(self, state_dict: dict):
+    def load_sd(self, state_dict: dict) -> Any:
         return self.transformer.load_state_dict(state_dict, strict=False)

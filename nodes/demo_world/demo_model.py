@@ -1,5 +1,7 @@
 """`SafeCFG Demo Model`: the demo world's MODEL, CLIP and VAE in core's own classes, so that every node works on them."""
 
+from typing import Any
+
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
@@ -12,8 +14,8 @@ from comfy_api.latest import io
 from ...demo import files
 from ...demo.autoencoder import Autoencoder
 from ...demo.unet import UNetConfig
+from ..host.schema import make_schema
 from ..loader import core_patcher
-from ..schema import make_schema
 from .demo_clip import DemoTextModel, DemoTokenizer
 
 # What core's UNetModel wants besides the demo's own sizes: the layout of Stable Diffusion 1.5.
@@ -32,10 +34,11 @@ BYTES_PER_PIXEL = 1600  # of a picture in the autoencoder: some 20 fp32 tensors 
 class DemoConfig(comfy.supported_models.SD15):
     """Core's SD15 family with the demo's UNet sizes."""
 
-    unet_extra_config = {}  # core would overwrite the number of heads
+    unet_extra_config: dict = {}  # core would overwrite the number of heads
+    native_side = 128  # pixels of the pictures it draws
 
 
-def demo_unet(disable_dynamic: bool = False):
+def demo_unet(disable_dynamic: bool = False) -> Any:
     """The demo's UNet as a MODEL; core calls it again for a copy on another GPU."""
     weights, _ = files.load_weights(files.WEIGHTS / "unet.safetensors")
     load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
@@ -46,7 +49,7 @@ def demo_unet(disable_dynamic: bool = False):
     dtype = comfy.model_management.unet_dtype(device=load_device, model_params=parameters, supported_dtypes=kinds)
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, load_device, kinds))
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=offload_device)
-    model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
     patcher = core_patcher(model, disable_dynamic, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()  # then core wants the tensors themselves, not copies
     model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=dynamic)
@@ -80,7 +83,7 @@ def demo_vae() -> comfy.sd.VAE:
     return vae
 
 
-def _vae_patcher(disable_dynamic: bool = False):
+def _vae_patcher(disable_dynamic: bool = False) -> Any:
     return demo_vae().patcher
 
 
@@ -88,7 +91,7 @@ class DemoModel(io.ComfyNode):
     """The demo world's model; its weights are part of the pack."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return make_schema(
             node_id="SafeCFG_DemoModel",
             display_name="SafeCFG Demo Model",
@@ -104,5 +107,5 @@ class DemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls):
+    def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(demo_unet(), demo_clip(), demo_vae())
