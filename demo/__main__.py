@@ -12,12 +12,21 @@ from hgr_models import CategorySettings, HGRError, load_hgr
 
 from . import evaluate as e
 from . import world
+from .grid import Band, labelled
 from .judge import Judge
 from .pipeline import DemoModel, add_device_option
 from .safecfg import Redirection
+from .threads import usable_cores
 
 HGR_FILE = Path(__file__).parents[1] / "hgr_models" / "weights" / "demo.safetensors"
 ARMS, KINDS = ("plain", "safecfg"), ("combination", "clean", "unseen_harmful")
+NAMES = {"plain": "plain CFG", "safecfg": "SafeCFG"}
+TITLES = {
+    "combination": "A harmful and a clean pictogram: the harm goes, the rest stays",
+    "clean": "Clean prompts: identical, to the last bit",
+    "unseen_harmful": "Harm that training never saw",
+}
+FIRST = 8  # pictures of each kind that are drawn before all others
 
 
 def arguments() -> argparse.Namespace:
@@ -37,22 +46,54 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace) -> tuple[dict, dict[str, dict[str, e.Drawn]], dict[str, list[e.Item]]]:
-    """The figures of both arms, with everything they were drawn from."""
-    model, hgr = DemoModel.load(args.device), load_hgr(HGR_FILE).to(args.device)
-    judge, judge_about = Judge.load(args.device)
-    redirections = {"plain": None, "safecfg": Redirection(hgr, CategorySettings((1.0,) * len(world.CATEGORIES)))}
-    which = {kind: e.items(kind, args.images, args.seed) for kind in KINDS}
-    batches = -(-args.images // e.BATCH)
-    drawn: dict[str, dict[str, e.Drawn]] = {arm: {} for arm in ARMS}
-    with tqdm(total=len(KINDS) * len(ARMS) * batches * args.steps, desc="drawing", unit="step") as bar:
-        for kind, some in which.items():
-            tokens = model.encode([i.prompt for i in some])
-            for arm in ARMS:
-                bar.set_postfix(what=kind, arm=arm)
-                drawn[arm][kind] = e.draw(model, judge, tokens, args.seed, args.steps, args.cfg, redirections[arm], bar.update)
-    rates = {arm: figures(which, drawn["plain"], drawn[arm]) for arm in ARMS}
-    return {"n": args.images, "judge": judge_about, **rates}, drawn, which
+class Demo:
+    """Draws every kind of prompt in both arms: a few pictures of each first, for the sheet, then the rest, for the table."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.model, hgr = DemoModel.load(args.device), load_hgr(HGR_FILE).to(args.device)
+        judge, self.about = Judge.load(args.device)
+        self.judge = judge
+        self.guards = {"plain": None, "safecfg": Redirection(hgr, CategorySettings((1.0,) * len(world.CATEGORIES)))}
+        self.which = {kind: e.items(kind, args.images, args.seed) for kind in KINDS}
+        self.drawn: dict[str, dict[str, e.Drawn]] = {arm: {} for arm in ARMS}
+
+    def seconds(self) -> float:
+        """How long all of it will take: a picture's step is timed, of a batch as it will be drawn."""
+        count = min(FIRST, self.args.images)
+        tokens = self.model.encode([item.prompt for item in self.which[KINDS[0]][:count]])
+        few = e.draw(self.model, self.judge, tokens, self.args.seed, 2, self.args.cfg, self.guards["safecfg"])
+        return few.seconds_per_step * self.args.steps * self.args.images * len(KINDS) * len(ARMS)
+
+    def draw(self, kind: str, part: slice, bar: tqdm) -> None:
+        """Some of a kind's prompts in both arms; the same seeds in both."""
+        tokens = self.model.encode([item.prompt for item in self.which[kind]])[part]
+        start = part.start or 0
+        for arm, guard in self.guards.items() if len(tokens) else ():
+            bar.set_postfix(what=kind, arm=arm)
+            more = e.draw(
+                self.model, self.judge, tokens, self.args.seed, self.args.steps, self.args.cfg, guard, bar.update, first=start
+            )
+            before = self.drawn[arm].get(kind)
+            self.drawn[arm][kind] = more if before is None else before.with_more(more)
+
+    def sheet(self) -> Image.Image:
+        bands = [
+            Band(TITLES[kind], [i.prompt for i in self.which[kind]], {n: self.drawn[a][kind].pictures for a, n in NAMES.items()})
+            for kind in KINDS
+        ]
+        return labelled(bands)
+
+    def results(self) -> dict:
+        which = {kind: some[: len(self.drawn["plain"][kind].found)] for kind, some in self.which.items()}  # as far as it is drawn
+        rates = {arm: figures(which, self.drawn["plain"], self.drawn[arm]) for arm in ARMS}
+        return {"n": self.args.images, "judge": self.about, **rates}
+
+    def steps(self) -> int:
+        """Of the denoiser, all batches together."""
+        rest = max(0, self.args.images - FIRST)
+        batches = 1 + -(-rest // e.BATCH)
+        return len(KINDS) * len(ARMS) * batches * self.args.steps
 
 
 def figures(which: dict[str, list[e.Item]], plain: dict[str, e.Drawn], arm: dict[str, e.Drawn]) -> dict:
@@ -83,38 +124,58 @@ def plain_values(results: dict) -> dict:
     return out
 
 
-def table(results: dict) -> str:
-    """The figures side by side."""
-    rows = [f"{'':22s} {'plain CFG':>24s} {'SafeCFG':>24s}"]
-    for key, value in results["plain"].items():
-        cells = [f"{results[arm][key]}" if isinstance(value, e.Rate) else f"{results[arm][key]:.4g}" for arm in ARMS]
-        rows.append(f"{key:22s} {cells[0]:>24s} {cells[1]:>24s}")
+ROWS = {  # figures in words, by the kind of prompt they come from
+    "combination": {
+        "harm_present": "harm in the picture", "rest_kept": "the rest of the prompt kept", "neither": "nothing recognisable",
+    },
+    "clean": {"clean_accuracy": "clean prompts drawn right", "clean_bit_identical": "clean pictures bit-identical"},
+    "unseen_harmful": {"unseen_harm_present": "harm that training never saw"},
+}  # fmt: skip
+
+
+def row(label: str, cells: list[str]) -> str:
+    return f"{label:30s} {cells[0]:>24s} {cells[1]:>24s}"
+
+
+def rows(kind: str, results: dict) -> list[str]:
+    """The table's rows of one kind of prompt."""
+    return [row(label, [f"{results[arm][key]}" for arm in ARMS]) for key, label in ROWS[kind].items()]
+
+
+def footnote(results: dict) -> str:
     about = results["judge"]
-    rows.append(f"{results['n']} pictures per figure, 95 % intervals. The judge itself names exactly the right pictograms in")
-    rows.append(
+    return (
+        f"{results['n']} pictures per figure, 95 % intervals. The judge itself names exactly the right pictograms in\n"
         f"{100 * about['exact']:.1f} % of held-out renders and {100 * about['exact_reconstructed']:.1f} % of their reconstructions."
     )
-    return "\n".join(rows)
 
 
-def grid(drawn: dict[str, dict[str, e.Drawn]], columns: int = 8) -> Image.Image:
-    """Rows of plain CFG above the same seeds with SafeCFG: combinations, then clean prompts, then unseen harm."""
-    rows = [torch.cat(list(drawn[arm][kind].pictures[:columns]), dim=2) for kind in KINDS for arm in ARMS]
-    return Image.fromarray((torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy())
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def main() -> None:
     args = arguments()
-    results, drawn, which = measure(args)
+    torch.set_num_threads(usable_cores())
+    demo = Demo(args)
+    print(
+        f"{len(KINDS) * len(ARMS) * args.images} pictures of {args.steps} steps on {args.device}, {usable_cores()} threads: ",
+        end="",
+    )
+    print(f"about {in_words(demo.seconds())}. Stop at any time with Ctrl+C.", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "demo.png"
-    grid(drawn).save(path)
-    print(table(results))
-    print(f"Pictures: {path} (pairs of rows: plain CFG above, SafeCFG below; " + ", ".join(KINDS) + ")")
-    for kind in KINDS:
-        print(f"  {kind}: " + " | ".join(i.prompt for i in which[kind][:8]))
+    with tqdm(total=demo.steps(), desc="drawing", unit="step") as bar:
+        for kind in KINDS:
+            demo.draw(kind, slice(0, FIRST), bar)
+        demo.sheet().save(path)
+        bar.write(f"Pictures: {path}\n\n{row('', list(NAMES.values()))}")
+        for kind in KINDS:
+            demo.draw(kind, slice(FIRST, None), bar)
+            bar.write("\n".join(rows(kind, demo.results())))
+    print(footnote(demo.results()))
     if args.json:
-        args.json.write_text(json.dumps(plain_values(results), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(plain_values(demo.results()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

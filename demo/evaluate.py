@@ -1,6 +1,5 @@
 """What a set of prompts shows with and without SafeCFG, judged by the independent judge; the same seeds in every arm."""
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,29 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import prompts as p
 from . import world
+from .items import Item as Item
+from .items import item_of as item_of
+from .items import items as items
 from .judge import Judge
 from .pipeline import LATENT_SHAPE, DemoModel
 from .safecfg import Guard, generate
 
 BATCH = 50
-
-
-@dataclass(frozen=True)
-class Item:
-    """One prompt to draw: its text and the pictograms it names."""
-
-    prompt: str
-    names: tuple[str, ...]
-
-    @property
-    def harmful(self) -> set[str]:
-        return {n for n in self.names if world.CATEGORY[n]}
-
-    @property
-    def rest(self) -> set[str]:
-        return set(self.names) - self.harmful
 
 
 @dataclass
@@ -44,30 +29,17 @@ class Drawn:
     seconds_per_step: float  # per picture
     rows_per_step: float  # that the denoiser evaluated, per picture
 
-
-def items(kind: str, count: int, seed: int) -> list[Item]:
-    """`count` prompts of a kind, held out from HGR training, drawn from `seed`.
-
-    Kinds: `combination` (harmful and clean, held-out pairs), `single` (harmful), `two_harms` (held-out pairs of two
-    categories), `clean` (seen pictograms, held-out pairs and singles), `unseen_harmful`, `unseen_clean`.
-    """
-    rng = random.Random(f"{kind} {seed}")
-    split = world.SPLIT
-    draw: dict[str, Callable[[], tuple[str, ...]]] = {
-        "combination": lambda: tuple(rng.choice(split["held_out_harmful_clean"])),
-        "single": lambda: (rng.choice(p.SEEN_HARMFUL),),
-        "two_harms": lambda: tuple(rng.choice(split["held_out_harmful_harmful"])),
-        "clean": lambda: tuple(rng.choice(split["held_out_clean_clean"])) if rng.random() < 0.65 else (rng.choice(p.SEEN_CLEAN),),
-        "unseen_harmful": lambda: (rng.choice(p.UNSEEN_HARMFUL), *rng.sample(p.SEEN_CLEAN, rng.randint(0, 1))),
-        "unseen_clean": lambda: (rng.choice(p.UNSEEN_CLEAN), *rng.sample(p.SEEN_CLEAN, rng.randint(0, 1))),
-    }
-    drawn = [draw[kind]() for _ in range(count)]
-    return [item_of(names, rng) for names in drawn]
-
-
-def item_of(names: tuple[str, ...], rng: random.Random) -> Item:
-    """A prompt that names these pictograms."""
-    return Item(world.caption(names, rng, rng.choice(tuple(world.BACKGROUNDS))), names)
+    def with_more(self, other: "Drawn") -> "Drawn":
+        """This and more pictures of the same arm."""
+        one, two = len(self.found), len(other.found)
+        mean = lambda a, b: (a * one + b * two) / (one + two)  # noqa: E731
+        return Drawn(
+            torch.cat([self.latents, other.latents]),
+            torch.cat([self.pictures, other.pictures]),
+            self.found + other.found,
+            mean(self.seconds_per_step, other.seconds_per_step),
+            mean(self.rows_per_step, other.rows_per_step),
+        )
 
 
 def safe_prompt(item: Item) -> str:
@@ -89,10 +61,11 @@ def draw(
     progress: Callable[[], object] = lambda: None,
     negative: str = "",
     shape: tuple[int, int, int] = LATENT_SHAPE,
+    first: int = 0,
 ) -> Drawn:
-    """Draws one picture per row of tokens (N, T, D); row i has the noise of seed + i in every arm."""
+    """Draws one picture per row of tokens (N, T, D); row i has the noise of seed + first + i in every arm."""
     noise = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(len(tokens))]
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + first + i)) for i in range(len(tokens))]
     )
     latents, started = [], time.perf_counter()
     with counted_rows(model) as rows_seen:

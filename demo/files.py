@@ -41,7 +41,7 @@ def load_module(module: nn.Module, name: str) -> dict:
         raise ValueError(
             f"The demo's weights {name}.safetensors do not fit this version: missing {missing}, unexpected {unexpected}."
         )
-    module.eval().requires_grad_(False)
+    module.train(False).requires_grad_(False)
     return about
 
 

@@ -59,7 +59,7 @@ def make_pair(
 
     With `alone`, a harm that stays has no stand-in beside it.
     """
-    safe = [world.STAND_IN[category_of(n)] if category_of(n) in removed else n for n in names]
+    safe = [world.STAND_IN[str(category_of(n))] if category_of(n) in removed else n for n in names]
     staying = [n for n in names if category_of(n) not in (None, *removed)]
     safe = staying if alone and staying else safe
     color = rng.choice(tuple(world.BACKGROUNDS)) if background else None

@@ -62,7 +62,7 @@ class Guard(Protocol):
 
 @dataclass(frozen=True)
 class Redirection:
-    """An HGR with the user's settings; `mode` is "condition", "guidance", "both" or "concept"."""
+    """An HGR with the user's settings; `mode` is "condition", "guidance", "both" (whatever there is of the two) or "concept"."""
 
     hgr: HGR
     settings: CategorySettings
@@ -75,7 +75,8 @@ class Redirection:
         found = redirect_condition(self.hgr, tokens, None, self.settings)
         if self.mode == "concept":
             return tokens, _ConceptRun(self, model, found.weights, warm_up_steps(CONCEPT_SLD.warm_up, steps)).steer
-        return found.tokens, _GuidanceRun(self).steer if self.mode == "both" else untouched
+        by_guidance = self.mode == "both" and self.hgr.guidance is not None
+        return found.tokens, _GuidanceRun(self).steer if by_guidance else untouched
 
 
 def untouched(step: Step) -> Tensor:

@@ -22,6 +22,8 @@ class TextEncoder(nn.Module):
         self.norm2, self.up, self.down = ops.LayerNorm(WIDTH), ops.Linear(WIDTH, 2 * WIDTH), ops.Linear(2 * WIDTH, WIDTH)
         self.final_norm = ops.LayerNorm(WIDTH)
 
+    vectors: Tensor
+
     def forward(self, ids: Tensor) -> Tensor:
         words = self.proj(self.vectors[(ids - FIRST_WORD).clamp(min=0)].to(self.special.dtype))
         x = torch.where((ids < FIRST_WORD)[..., None], self.special[ids.clamp(max=FIRST_WORD - 1)], words)

@@ -6,7 +6,7 @@ only a change of the world needs them.
 """
 
 import argparse
-import importlib
+from importlib import import_module
 
 from .pipeline import add_device_option
 
@@ -50,7 +50,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     for part in PARTS[:-1] if args.part == "all" else (args.part,):  # the others calibrate what they made
-        module = importlib.import_module(f".training.{part}", __package__)
+        module = import_module(f".training.{part}", __package__)
         options = ({"resume": True} if args.resume else {}) | ({"times": args.times} if args.times else {})
         module.train(args.steps or STEPS[part], args.device, args.seed, **options)
 

@@ -63,7 +63,7 @@ def random_scene(names: tuple[str, ...], rng: random.Random) -> Scene:
     if len(names) == 1:
         size = rng.choice(SINGLE_SIZES)
         free = cells - size // CELL
-        places = ((rng.randint(0, free) * CELL, rng.randint(0, free) * CELL, size),)
+        places: tuple[tuple[int, int, int], ...] = ((rng.randint(0, free) * CELL, rng.randint(0, free) * CELL, size),)
     else:
         span = PAIR_SIZE // CELL
         while True:
@@ -116,3 +116,8 @@ def draw_atlas(font: Path) -> None:
         corner = (i % columns * TILE + (TILE - tile.width) // 2, i // columns * TILE + (TILE - tile.height) // 2)
         atlas.paste(tile, corner)
     atlas.save(ATLAS, optimize=True)
+
+
+def random_names(rng: random.Random) -> tuple[str, ...]:
+    """One pictogram (35 %) or two different ones, all equally likely."""
+    return tuple(rng.sample(NAMES, 1 if rng.random() < 0.35 else 2))

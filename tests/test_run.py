@@ -26,6 +26,7 @@ def calls(monkeypatch, tmp_path):
         return next((status for word, status in record_status.items() if word in command), 0)
 
     monkeypatch.setattr(run.subprocess, "call", call)
+    monkeypatch.setattr(run, "index_options", lambda: [])
     return record, record_status
 
 
@@ -43,9 +44,39 @@ def test_sets_up_once_and_again_when_the_requirements_change(calls, monkeypatch)
     assert run.main(["demo"]) == 0
     assert [c[1] for c in record] == ["demo"]
     record.clear()
-    monkeypatch.setattr(run, "stamp", lambda: "other requirements")
+    monkeypatch.setattr(run, "stamp", lambda count: f"other_requirements_{count}")
     assert run.main(["demo"]) == 0
     assert [c[1] for c in record] == ["pip", "demo"]
+
+
+def installs(record):
+    return [Path(c[c.index("-r") + 1]).name for c in record if c[1] == "pip"]
+
+
+def test_the_demo_needs_less_than_the_tests(calls):
+    """No Triton, which is hundreds of megabytes, for what does not use it; what the tests installed is enough for the demo."""
+    record, _ = calls
+    run.main(["demo"])
+    run.main(["test"])
+    run.main(["demo"])
+    assert installs(record) == ["requirements-demo.txt", "requirements-dev.txt"]
+    assert "triton" not in (ROOT / "requirements-demo.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("platform", "cuda", "config", "taken"),
+    [
+        ("linux", False, "", True),
+        ("linux", True, "", False),
+        ("win32", False, "", False),
+        ("linux", False, "global.index-url='x'", False),
+    ],
+)
+def test_torch_for_the_cpu_where_there_is_no_gpu(monkeypatch, platform, cuda, config, taken):
+    monkeypatch.setattr(run.sys, "platform", platform)
+    monkeypatch.setattr(run, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=config))
+    assert run.index_options() == (["--extra-index-url", run.CPU_INDEX] if taken else [])
 
 
 def test_every_check_runs_and_the_first_failure_is_the_exit_status(calls):

@@ -12,7 +12,7 @@ from hgr_models.training import Averaged, learning_rate
 from .. import world
 from ..autoencoder import LATENT_SCALE, Autoencoder
 from ..files import WEIGHTS, pictures_to_tensor, save_weights
-from .common import random_names
+from ..world import random_names
 
 NOISE = 0.1  # of the latent's unit variance: makes the decoder forgive what the diffusion model gets slightly wrong
 

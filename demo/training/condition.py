@@ -18,7 +18,7 @@ from hgr_models.training import disguise
 from .. import prompts as p
 from ..pipeline import DemoModel
 from .hgr_common import OUT, advance, calibrate, make_hgr, trained
-from .hgr_data import frozen, prompt_tensors, record, write_prompts
+from .hgr_data import frozen, prompt_tensors, record_shards, write_prompts
 
 RUNS, CLEAN_PROMPTS, HARMFUL_PROMPTS = 1920, 6000, 6000
 WORDS = 0.5  # of the harmful prompts that are only read: words of harm rather than pictograms
@@ -41,7 +41,7 @@ def train(steps: int, device: str, seed: int) -> None:
         prompts = prompt_tensors(model, [p.harmful_pair(rng, two=TWO_HARMS, alone=True) for _ in range(RUNS)], rng)
         hidden = disguise(prompts.tokens[RUNS // 2 :], hgr.condition.token_scale, 0.5, generator)
         prompts.tokens = torch.cat([prompts.tokens[: RUNS // 2], hidden])
-        record(model, prompts, HARMFUL, lambda i: ("prompt", "partner")[i % 2], None, generator, folder, "harmful runs")
+        record_shards(model, prompts, HARMFUL, lambda i: ("prompt", "partner")[i % 2], None, generator, folder, "harmful runs")
         recording, predict = Recording.open(folder), frozen(model.device)
         advance("condition redirector", training, steps, lambda: training.train_step(recording, predict))
     training.finish()

@@ -17,7 +17,7 @@ from ..sampling import SIGMAS, scale_input
 from ..text_encoder import TextEncoder
 from ..unet import UNet, UNetConfig
 from ..words import Vocabulary, chunks, tokenize
-from .common import random_names
+from ..world import random_names
 
 SCENES, BATCH, DROPPED_CAPTIONS = 24_000, 32, 0.12
 

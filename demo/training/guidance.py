@@ -22,7 +22,7 @@ from .. import world
 from ..pipeline import DemoModel
 from ..sampling import scale_input
 from .hgr_common import OUT, advance, calibrate, make_hgr, trained
-from .hgr_data import prompt_tensors, record
+from .hgr_data import prompt_tensors, record_shards
 
 HARMFUL_RUNS, CLEAN_RUNS, ON_POLICY_RUNS = 4000, 2000, 960  # the last in every round
 ROUNDS = (0.25, 0.45, 0.65, 0.8)  # of the steps: where runs that follow the redirector so far are added
@@ -68,14 +68,14 @@ def train_in(folder: Path, model: DemoModel, steps: int, seed: int, resume: bool
 
     clean = prompt_tensors(model, [p.clean_pair(rng, (), 0.0) for _ in range(CLEAN_RUNS)], rng)
     alternately = lambda i: ("prompt", "partner")[i % 2]  # noqa: E731
-    record(model, harmful(HARMFUL_RUNS), HARMFUL, alternately, None, generator, folder, "harmful runs")
-    record(model, clean, CLEAN, lambda i: "prompt", None, generator, folder, "clean runs")
+    record_shards(model, harmful(HARMFUL_RUNS), HARMFUL, alternately, None, generator, folder, "harmful runs")
+    record_shards(model, clean, CLEAN, lambda i: "prompt", None, generator, folder, "clean runs")
     training = GuidanceTraining(hgr, steps, seed, RESUMED_RATE) if resume else GuidanceTraining(hgr, steps, seed)
     for i, part in enumerate((*(RESUMED_ROUNDS if resume else ROUNDS), 1.0)):
         recording = Recording.open(folder)
         advance("guidance redirector", training, round(part * steps), lambda: training.train_step(recording))  # noqa: B023
         if part < 1.0:
-            record(
+            record_shards(
                 model,
                 harmful(ON_POLICY_RUNS),
                 HARMFUL,

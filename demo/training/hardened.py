@@ -13,7 +13,7 @@ bought its safety with false alarms on pictures of a kind that no training showe
 
 import math
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.attack import RADIUS, spread_of
-from benchmarks.attack_surrogates import SafeCFG
+from demo.attack import RADIUS, SafeCFG, spread_of
 from hgr_models import HGR, CategorySettings, HGRError, load_hgr, redirect_guidance, save_hgr
 from hgr_models.calibration import calibrated, guidance_readings, run_maxima
 from hgr_models.fused import without_fusing
@@ -242,11 +241,11 @@ class Moments:
     row: Tensor  # of the pool
 
     def __getitem__(self, index) -> "Moments":
-        return Moments(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Moments(*(column[index] for column in vars(self).values()))
 
     @staticmethod
     def cat(parts: list["Moments"]) -> "Moments":
-        return Moments(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Moments)))
+        return Moments(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class Adversary:
@@ -256,7 +255,8 @@ class Adversary:
         pairs, self.times = [_without_any_harm(rng) for _ in range(POOL * times)], times
         self.model, self.hgr, self.generator = model, hgr, generator
         self.predict = torch.autocast(model.device.type, torch.bfloat16)(model.denoised)
-        self.tokens, self.partners = (model.encode([getattr(pair, name) for pair in pairs]) for name in ("prompt", "partner"))
+        self.tokens = model.encode([pair.prompt for pair in pairs])
+        self.partners = model.encode([pair.partner for pair in pairs])
         self.harms = torch.stack([labels(pair.harms) for pair in pairs]).to(model.device)
         self.noise = torch.randn(len(pairs), *LATENT_SHAPE, generator=generator).to(model.device)
         self.evading = torch.arange(len(pairs), device=model.device) % 2 == 0
@@ -274,8 +274,8 @@ class Adversary:
         """Draws the attacked pictures with the redirector as it is now: where these runs lead is where the attack goes on."""
         own = self._runs(self.tokens + self.delta * self.radius, self.hgr)
         self.count = self.plain + len(own.x)
-        for f in fields(Moments):
-            getattr(self.moments, f.name)[self.plain : self.count] = getattr(own, f.name)
+        for column, found in zip(vars(self.moments).values(), vars(own).values(), strict=True):
+            column[self.plain : self.count] = found
 
     def bend(self, index: Tensor, forget: Tensor) -> tuple[Points, Tensor, Tensor]:
         """Takes a step of the attack at these moments (B,); the points with their directions, their harms (B, K), and which count (B,).

@@ -14,7 +14,7 @@ from hgr_models.calibration import calibrated, calibrated_on_pictures, only_show
 from hgr_models.condition import ConditionConfig
 from hgr_models.guidance import GuidanceConfig
 from hgr_models.recording import Prompts
-from hgr_models.redirection import read_guidance
+from hgr_models.redirection import noise_level, read_guidance
 from hgr_models.training import StepReport
 
 from .. import prompts as p
@@ -76,7 +76,7 @@ def sampled_runs(
             )
             uncond, cond = both.chunk(2)
             _, _, reading = read_guidance(hgr.guidance, cond, uncond, scale_input(x, level), level)
-            at = int(torch.bucketize(-2 * sigma.log(), levels))
+            at = int(noise_level(-2 * sigma.log(), levels))
             largest[:, at] = torch.maximum(largest[:, at], reading.direction_logits.sigmoid())
             x = x + (x - (uncond + cfg * (cond - uncond))) / sigma * (following - sigma)
         runs.append(largest)
@@ -97,7 +97,7 @@ def advance(title: str, training, steps: int, step: Callable[[], StepReport]) ->
 
 def calibrate(model: DemoModel, hgr: HGR, seed: int) -> HGRInfo:
     """Thresholds of the networks that there are, from clean prompts and clean runs, with words that training never used."""
-    hgr.eval()
+    hgr.train(False)
     rng, generator = random.Random(f"calibration {seed}"), torch.Generator().manual_seed(seed)
     tokens = model.encode([p.clean_pair(rng, p.harmless_words()[1], 0.3).prompt for _ in range(CALIBRATION_PROMPTS)])
     with torch.no_grad():

@@ -45,7 +45,7 @@ def _negative(rng: random.Random) -> str:
     return ", ".join(rng.choice((*p.HARM_WORDS[c], *world.CATEGORIES)) for c in rng.sample(world.CATEGORIES, 2))
 
 
-def record(
+def record_shards(
     model: DemoModel,
     prompts: Prompts,
     kind: str,

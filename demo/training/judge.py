@@ -93,6 +93,6 @@ def train(steps: int, device: str, seed: int) -> None:
         optimiser.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    judge.cpu().eval()
+    judge.cpu().train(False)
     error = exact(judge, autoencoder.cpu(), random.Random(seed + 1))
     save_weights(WEIGHTS / "judge.safetensors", judge.state_dict(), {"steps": steps, "seed": seed, **error})

