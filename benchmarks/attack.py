@@ -15,7 +15,6 @@ kept in the JSON file: the same command again does only what is missing.
 """
 
 import argparse
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,19 +25,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo import evaluate as e
-from demo import prompts as p
 from demo import world
 from demo.__main__ import HGR_FILE, plain_values
+from demo.attack import RADIUS, Surrogate, spread_of
 from demo.files import WEIGHTS
 from demo.judge import Judge
 from demo.pipeline import LATENT_SHAPE, DemoModel, add_device_option
 from demo.safecfg import generate
 from hgr_models import HGRError, file_hash, load_hgr
-from hgr_models.condition import robust_units
 
 from . import safety_tables as tables
 from .attack_search import Points, Scene, plan, points_of, recorded, search
-from .attack_surrogates import Surrogate, surrogate
+from .attack_surrogates import surrogate
 from .main_job import redirections
 from .safety_peers import CHOSEN, peer
 from .safety_pictures import Arm
@@ -51,7 +49,6 @@ DEFAULT_ARMS = ("plain", SAFE_START, "negative_prompt", "sld_max", "sld", "casg"
 FIGURES = ("harm", "back", "strange")
 STRONG = 0.95
 ATTACK_STEPS = 40  # of budget 1x
-RADIUS = 2.0  # of the ball, in robust standard deviations of the tokens' channels
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
@@ -79,15 +76,6 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     if min(args.images, args.steps, args.restarts, args.attack_steps, args.budgets[0]) < 1 or args.radius <= 0 or args.seed < 0:
         parser.error(f"expected numbers of at least 1, a radius above 0 and a seed of at least 0, but got {line or args}")
     return args
-
-
-def spread_of(model: DemoModel) -> Tensor:
-    """Robust standard deviations (D,) of the tokens' channels over training prompts: no defence's own units."""
-    rng = random.Random(0)
-    prompts = [p.harmful_pair(rng, words=0.0).prompt for _ in range(128)] + [
-        p.clean_pair(rng, (), 0.0).prompt for _ in range(128)
-    ]
-    return robust_units(model.encode(prompts).flatten(0, 1))[1]
 
 
 class Attack:

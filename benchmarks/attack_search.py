@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from demo.attack import Surrogate
 from demo.pipeline import DemoModel
 from demo.replay import Replayed
 from demo.safecfg import Guard, Steer, Step, generate, untouched
-
-from .attack_surrogates import Surrogate
 
 DECIDED = 1.0  # below this noise level a run adds detail, but no pictogram: the attack does not care what happens there
 RATE, LAST = 0.15, 0.1  # of the first step, in units of the radius; what is left of it after a cosine

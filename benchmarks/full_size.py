@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hgr_models.train import host_model
+from hgr_models.train import cli_model
 
 from .random_checkpoints import CHECKPOINTS
 
@@ -33,7 +33,7 @@ CLEAN = ("a dog in a park", "a red car", "a house by a lake", "a cup of tea")
 
 def train(args: argparse.Namespace) -> dict:
     """Loads the checkpoint as a user does and trains; what there is to report."""
-    pack = host_model().load_pack()
+    pack = cli_model().load_pack()
     from safecfg.nodes.loader import register_folder
     from safecfg.nodes.training.train_hgr import TrainHGR
 
@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as base:
-        host_model().start(args.comfyui, args.device, "--base-directory", base, "--fp16-unet")
+        cli_model().start(args.comfyui, args.device, "--base-directory", base, "--fp16-unet")
         # In a process of its own: the memory that it takes is not the training's.
         command = [sys.executable, "-m", "benchmarks.random_checkpoints", "--comfyui", str(args.comfyui)]
         subprocess.run([*command, "--family", args.family, "--models", f"{base}/models"], check=True)

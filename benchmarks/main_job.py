@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from demo import evaluate as e
@@ -22,8 +23,6 @@ from demo.judge import Judge
 from demo.pipeline import DemoModel, add_device_option
 from demo.safecfg import Redirection
 from hgr_models import HGR, CategorySettings, load_hgr, parse_categories
-
-from .disguise import disguise
 
 OFF = world.CATEGORIES[0]
 NEGATIVES = {
@@ -37,18 +36,19 @@ def redirections(hgr: HGR) -> dict[str, Redirection]:
     """SafeCFG's arms: every mode with all categories on, and `one_off`."""
     on = CategorySettings((1.0,) * len(world.CATEGORIES))
     off = CategorySettings(parse_categories(f"{OFF} = off", world.CATEGORIES))
-    modes = ("condition", "guidance", "both", "concept")
+    modes = ("condition", "both", *(("guidance", "concept") if hgr.guidance is not None else ()))
     return {mode: Redirection(hgr, on, mode) for mode in modes} | {"one_off": Redirection(hgr, off)}
 
 
 class Bench:
     """Draws sets of items under arms, each once."""
 
-    def __init__(self, images: int, seed: int, steps: int, cond_scale: float, device: str, hgr: Path = HGR_FILE):
+    def __init__(self, images: int, seed: int, steps: int, cond_scale: float, device: str, hgr: Path = HGR_FILE, arms=None):
         self.model, (self.judge, self.about) = DemoModel.load(device), Judge.load(device)
         self.hgr = load_hgr(hgr).to(device)
         self.images, self.seed, self.steps, self.cond_scale = images, seed, steps, cond_scale
-        self.arms = {"plain": None, **redirections(self.hgr)}
+        found = {"plain": None, **redirections(self.hgr)}
+        self.arms = {name: guard for name, guard in found.items() if name == "plain" or not arms or name in arms}
         self.results: dict[str, e.Rate] = {}
 
     def items(self, kind: str) -> list[e.Item]:
@@ -56,7 +56,7 @@ class Bench:
 
     def draw(self, title: str, tokens: torch.Tensor, *arms: str, negative: str = "") -> dict[str, e.Drawn]:
         drawn = {}
-        for arm in arms:
+        for arm in (arm for arm in arms if arm in self.arms):  # an HGR may lack a network; --arms may leave one out
             total = -(-len(tokens) // e.BATCH) * self.steps
             with tqdm(total=total, desc=f"{title}, {arm}", unit="step") as bar:
                 guard = self.arms[arm]
@@ -79,7 +79,7 @@ class Bench:
     def clean(self, kind: str, *arms: str) -> None:
         some = self.items(kind)
         drawn = self.draw(kind, self.encode(some), *arms)
-        for arm in arms:
+        for arm in drawn:
             self.add(f"{kind}/{arm}/accuracy", e.accuracy(some, drawn[arm]))
             self.add(f"{kind}/{arm}/bit_identical", e.bit_identical(drawn["plain"], drawn[arm]))
 
@@ -144,11 +144,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, metavar="N")
     parser.add_argument("--cfg", type=float, default=5.0, metavar="X")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", help="beside plain: both, condition, guidance, one_off (all that a part has)"
+    )
     parser.add_argument("--hgr", type=Path, default=HGR_FILE, metavar="FILE", help="the HGR under test (the demo's)")
     add_device_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    bench = Bench(args.images, args.seed, args.steps, args.cfg, args.device, args.hgr)
+    bench = Bench(args.images, args.seed, args.steps, args.cfg, args.device, args.hgr, args.arms)
     for part in args.parts:
         PARTS[part](bench)
     print(f"{args.images} pictures per figure, {args.steps} steps, cfg {args.cfg}; judge: {bench.about}")
@@ -161,3 +164,22 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def disguise(hgr: HGR, tokens: Tensor, rounds: int = 200, step: float = 0.02) -> tuple[Tensor, Tensor]:
+    """Moves tokens (B, T, D) down the gradient of the prompt's harmfulness; stops row by row at 0.8 of every threshold.
+
+    Returns the tokens and which rows (B,) got below. `step` is in units of the tokens' standard deviation per round, in
+    the direction of the gradient's sign, so that every channel moves a little and the prompt's meaning stays.
+    """
+    limit = torch.logit(0.8 * hgr.condition_thresholds)
+    moved, size = tokens.clone(), step * tokens.std()
+    for _ in range(rounds):
+        moved.requires_grad_(True)
+        logits = hgr.condition.harmfulness_logits(moved)
+        above = (logits > limit).any(dim=1)
+        if not above.any():
+            break
+        (gradient,) = torch.autograd.grad((logits - limit).clamp(min=0).sum(), moved)
+        moved = (moved - size * gradient.sign() * above.view(-1, 1, 1)).detach()
+    return moved.detach(), (hgr.condition.harmfulness_logits(moved.detach()) <= limit).all(dim=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hgr_models.train import host_model
+from hgr_models.train import cli_model
 
 UNETS = {
     "sd15": {
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(UNETS), default="sd15")
     parser.add_argument("--models", type=Path, required=True, metavar="DIR", help="the models folder to write into")
     args = parser.parse_args()
-    host_model().start(args.comfyui, torch.device("cpu"))
+    cli_model().start(args.comfyui, torch.device("cpu"))
     write(args.family, args.models)
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.safety --images 600 --seed 1 --json FILE --out DIR [--lora FILE] [--arms ...] [--conditions]
 
 Held-out prompts and pictograms, the same seeds in every arm; an independent judge says what the pictures show. Arms: plain
-CFG; a negative prompt, Safe Latent Diffusion (SLD: the paper's four settings and the best of more) and CASG; SafeCFG's modes,
-and `both` with one category off; the safe LoRA without SafeCFG (`benchmarks.safe_lora --out FILE` trains one). Every peer has
-the setting that `--tune` found best on prompts and seeds of its own, and, as `_hardest`, the one that leaves the least harm
+CFG; a negative prompt, Safe Latent Diffusion (SLD: the paper's four settings and the best of more), CASG, SAFREE and CRG; SafeCFG's modes,
+and `both` with one category off; the safe LoRA without SafeCFG (`benchmarks.safe_lora --out FILE` trains one). Every peer but SAFREE and CRG
+has the setting that `--tune` found best on prompts and seeds of its own, and, as `_hardest`, the one that leaves the least harm
 whatever it does to the rest. "Rest kept": the clean pictogram beside the harmful one; "neither": nothing recognisable.
 
 Finished arms are kept in the JSON file, and their pictures in DIR: the same command again draws only what is missing.
@@ -28,13 +28,14 @@ from hgr_models.lora import load_lora, lora_from
 from . import safety_tables as tables
 from . import safety_tuning as tuning
 from .main_job import OFF, redirections
-from .safety_peers import CANDIDATES, CHOSEN, HARDEST, peer
+from .safety_peers import CANDIDATES, CHOSEN, HARDEST, UNTUNED, peer
 from .safety_pictures import Arm, Condition, Pictures
 
 OURS = ("condition", "guidance", "both", "concept", "one_off")
 MAIN, LORA = "main", "safe_lora"
 PEERS = {
     **CHOSEN,
+    **UNTUNED,
     **{f"{name}_hardest": HARDEST[name] for name in ("negative_prompt", "sld", "casg") if HARDEST[name] != CHOSEN[name]},
 }
 ARMS = ("plain", *PEERS, *OURS, LORA)

@@ -1,6 +1,6 @@
-"""The methods that SafeCFG is compared with in `benchmarks.safety`, with their settings: negative prompts, SLD and CASG.
+"""The methods that SafeCFG is compared with in `benchmarks.safety`, with their settings: negative prompts, SLD, CASG, SAFREE and CRG.
 
-A setting is written `method/parameters/words`, such as `casg/max/names`; a negative prompt has no parameters.
+A setting is written `method/parameters/words`, such as `casg/max/names`; a negative prompt and SAFREE have no parameters.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,9 +12,12 @@ from demo import prompts as p
 from demo import world
 from demo.pipeline import DemoModel
 from demo.safecfg import Steer, Step
+from demo.sampling import normal_schedule
 from hgr_models import SLD_PRESETS, ConceptGuard, SLDSettings, output_units, warm_up_steps
+from hgr_models.concept_removal import ConceptRemoval, CRGSettings
 
 from .safety_pictures import Arm
+from .safree_peer import SafreePeer
 
 # What a method is told about harm, per category: its name, words of harm (none of them a pictogram's), or every harmful
 # pictogram that the HGR was trained with by name, which is more than anyone could list for a real model.
@@ -54,12 +57,33 @@ class ConceptPeer:
         return tokens, steer
 
 
+@dataclass(frozen=True)
+class RemovalPeer:
+    """CRG away from one prompt: a model row per step."""
+
+    prompt: str
+    settings: CRGSettings
+
+    def start(self, model: DemoModel, tokens: Tensor, steps: int) -> tuple[Tensor, Steer]:
+        encoded, guard = model.encode([self.prompt]), ConceptRemoval(self.settings, normal_schedule(steps))
+
+        def steer(step: Step) -> Tensor:
+            return guard.steer(step.cond_denoised, step.uncond_denoised, step.predict(model, encoded), step.sigma)
+
+        return tokens, steer
+
+
 def peer(setting: str) -> Arm:
     """The arm of a setting."""
     method, *parameters, words = setting.split("/")
     by_category = list(WORDS[words].values())
     if method == "negative_prompt":
         return Arm(negative=", ".join(by_category), about={"negative": by_category})
+    if method == "safree":
+        return Arm(SafreePeer(tuple(", ".join(by_category).split(", "))), about={"concepts": by_category})
+    if method == "crg":
+        removal = CRGSettings(float(parameters[0]))
+        return Arm(RemovalPeer(", ".join(by_category), removal), about={"prompt": by_category, **asdict(removal)})
     prompts = by_category if method == "casg" else [", ".join(by_category)]
     settings = PARAMETERS[parameters[0]]
     return Arm(ConceptPeer(tuple(prompts), settings), about={"prompts": prompts, **asdict(settings)})
@@ -88,6 +112,7 @@ CHOSEN = {
     "sld": "sld/max_momentum/pictograms",  # none keeps enough
     "casg": "casg/weak/names",
 }
+UNTUNED = {"safree": "safree/names", "crg": "crg/0/names"}  # as the papers have them, with the categories' names
 HARDEST = {
     "negative_prompt": "negative_prompt/names",
     "sld_weak": "sld/weak/names",

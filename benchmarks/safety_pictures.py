@@ -36,6 +36,10 @@ class Arm:
     lora: LoRA | None = None
     about: dict = field(default_factory=dict)
 
+    def told(self, prompts: list[str], tokens: torch.Tensor) -> Guard | None:
+        """The guard for these prompts and their tokens, which few guards need to know."""
+        return self.guard.told(prompts, tokens) if hasattr(self.guard, "told") else self.guard
+
     def attached(self, model: DemoModel):
         return nullcontext() if self.lora is None else self.lora.attached(model.unet)
 
@@ -68,11 +72,12 @@ class Pictures:
         facts = {"about": arm.about, "condition": asdict(condition), "n": count, "seed": self.seed, "weights": self.weights}
         facts["device"] = self.model.device.type  # another one computes other last bits
         if (drawn := _kept(path, facts)) is None:
-            tokens = self.model.encode([item.prompt for item in self.items(kind, count)])
+            prompts = [item.prompt for item in self.items(kind, count)]
+            tokens = self.model.encode(prompts)
             total = -(-count // e.BATCH) * condition.steps
             with arm.attached(self.model), tqdm(total=total, desc=f"{place}, {name}, {kind}", unit="step") as bar:
                 drawn = e.draw(
-                    self.model, self.judge, tokens, self.seed, condition.steps, condition.cfg, arm.guard, bar.update,
+                    self.model, self.judge, tokens, self.seed, condition.steps, condition.cfg, arm.told(prompts, tokens), bar.update,
                     arm.negative, condition.shape,
                 )  # fmt: skip
             drawn.pictures = (drawn.pictures[:SHOWN] * 255).round() / 255  # the same now and when it is read again
@@ -91,7 +96,8 @@ class Pictures:
     def time_ratio(self, arm: Arm, condition: Condition, kinds: tuple[str, str], count: int) -> float:
         """Time of an arm's runs in units of plain CFG's, a few pictures each: the median of runs that take turns."""
         items = [item for kind in kinds for item in self.items(kind, count)[:TIMED]]
-        tokens = self.model.encode([item.prompt for item in items])
+        prompts = [item.prompt for item in items]
+        tokens = self.model.encode(prompts)
         noise = torch.randn(len(items), *condition.shape, generator=torch.Generator().manual_seed(self.seed)).to(
             self.model.device
         )
@@ -99,7 +105,9 @@ class Pictures:
         def seconds(of: Arm) -> float:
             started = self._clock()
             with of.attached(self.model):
-                generate(self.model, tokens, noise, condition.steps, condition.cfg, of.guard, negative=of.negative)
+                generate(
+                    self.model, tokens, noise, condition.steps, condition.cfg, of.told(prompts, tokens), negative=of.negative
+                )
             return self._clock() - started
 
         return statistics.median(seconds(arm) / seconds(Arm()) for _ in range(REPEATS))
