@@ -71,6 +71,9 @@ def matrix_model():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The tally of the coverage matrix, where it ran."""
-    for line in sys.modules["matrix_check"].table() if "matrix_check" in sys.modules else ():
+    """The tallies of the coverage matrix and of the zoo, where they ran."""
+    lines = sys.modules["matrix_check"].table() if "matrix_check" in sys.modules else []
+    zoo = sys.modules.get("zoo_models"), sys.modules.get("zoo_videos")
+    lines = [*lines, *(zoo[0].counts(zoo[1].REFUSED) if all(zoo) else [])]
+    for line in lines:
         terminalreporter.write_line(line)

@@ -5,7 +5,8 @@ import types
 from safecfg import hgr_models
 from safecfg.nodes import NODES
 from safecfg.nodes.enforcement import enforce
-from safecfg.nodes.enforcement.enforced_graph import GUARD, WITHOUT_MODEL, is_link
+from safecfg.nodes.enforcement.enforced_graph import WITHOUT_MODEL
+from safecfg.nodes.enforcement.names import GUARD, LATENT_GUARD, PICTURE_GUARD, is_link
 
 import nodes as core
 
@@ -16,10 +17,11 @@ def fake(inputs: dict, outputs: tuple, place: str = "comfy_extras.nodes_fake") -
     return type("Fake", (), {**members, "RELATIVE_PYTHON_MODULE": place})
 
 
+GUARDS = [enforce.Enforced, enforce.Refused, enforce.EnforcedLatent, enforce.EnforcedPicture]
 SCALE = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0})
 CLASSES = {
     **{name: cls for name, cls in core.NODE_CLASS_MAPPINGS.items() if not hasattr(cls, "RELATIVE_PYTHON_MODULE")},
-    **{node.GET_SCHEMA().node_id: node for node in [*NODES, enforce.Enforced, enforce.Refused]},
+    **{node.GET_SCHEMA().node_id: node for node in [*NODES, *GUARDS]},
     "PrimitiveFloat": fake({"value": ("FLOAT", {})}, ("FLOAT",)),
     "Switch": fake({"a": ("*", {}), "b": ("*", {})}, ("COMFY_MATCHTYPE_V3",)),
     "CFGGuider": fake({"model": ("MODEL",), "cfg": SCALE}, ("GUIDER",)),
@@ -52,17 +54,30 @@ def workflow(**more) -> dict:
     return {**prompt, **{name.lstrip("n"): value for name, value in more.items()}}
 
 
-def unguarded(prompt: dict) -> list:
-    """Links by which a node could get a MODEL that did not go through an Enforced node."""
+def unguarded(prompt: dict, classes: dict = CLASSES) -> list:
+    """Links by which a node could get a MODEL that did not go through an Enforced node; what the guard of a picture holds goes on
+    into Enforced nodes alone, so what goes into it may be bare."""
+    before_guard = {
+        i for i, entry in prompt.items() if entry["class_type"] == PICTURE_GUARD and kinds_of_users(prompt, i) <= {GUARD}
+    }
     found = []
     for node_id, entry in prompt.items():
         for name, value in entry["inputs"].items():
-            if entry["class_type"] != GUARD and is_link(value) and value[0] in prompt:
+            if entry["class_type"] != GUARD and node_id not in before_guard and is_link(value) and value[0] in prompt:
                 source = prompt[value[0]]["class_type"]
-                kind = CLASSES[source].RETURN_TYPES[value[1]]
-                if source != GUARD and isinstance(kind, str) and kind not in WITHOUT_MODEL:
+                kind = classes[source].RETURN_TYPES[value[1]]
+                if source not in (GUARD, LATENT_GUARD, PICTURE_GUARD) and isinstance(kind, str) and kind not in WITHOUT_MODEL:
                     found.append((node_id, name))
     return found
+
+
+def kinds_of_users(prompt: dict, node_id: str) -> set[str]:
+    return {
+        entry["class_type"]
+        for entry in prompt.values()
+        for value in entry["inputs"].values()
+        if is_link(value) and value[0] == node_id
+    }
 
 
 def save_hgr(path, hgr):

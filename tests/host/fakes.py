@@ -8,9 +8,9 @@ import torch
 from safecfg import hgr_models
 from safecfg.hgr_models.condition import ConditionConfig
 from safecfg.hgr_models.guidance import GuidanceConfig
+from safecfg.nodes.host.settings import ApplySettings
 from safecfg.nodes.loader import HGRModel, core_patcher
 from safecfg.nodes.redirect.apply import apply
-from safecfg.nodes.redirect.runs import ApplySettings
 
 CPU = torch.device("cpu")
 INFO = hgr_models.HGRInfo(
@@ -73,7 +73,7 @@ class KnownRedirection:
     def __call__(self, hgr, cond_denoised, uncond_denoised, x_in, sigma, settings, flagged=None):
         rows = torch.tensor([self.rows is None or i in self.rows for i in range(len(x_in))])
         rows = rows & torch.tensor(self.calls is None or self.count in self.calls)
-        weights = rows[:, None].float().expand(-1, 2)
+        weights = rows[:, None].float().expand(-1, len(settings.strengths))
         if flagged is not None:
             weights = torch.maximum(weights, flagged)
         self.count, self.x_in = self.count + 1, x_in

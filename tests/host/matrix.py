@@ -10,8 +10,8 @@ from functools import cache
 import comfy.samplers
 import torch
 from safecfg import hgr_models
+from safecfg.nodes.host.settings import ApplySettings
 from safecfg.nodes.redirect.apply import apply
-from safecfg.nodes.redirect.runs import ApplySettings
 
 from fakes import make_hgr
 from host_nodes import call, scan
@@ -85,12 +85,16 @@ def _sampler_custom(model, prompts, scene):
 def _with_guider(name: str, inputs: Callable[[Prompts, float], dict]):
     def run(model, prompts, scene):
         (guider,) = call(name, model=model, **inputs(prompts, scene.cfg))
-        return call(
-            "SamplerCustomAdvanced", noise=call("RandomNoise", noise_seed=0)[0], guider=guider, sampler=_sampler_of(scene),
-            sigmas=scene.sigmas(model), latent_image=scene.latent,
-        )  # fmt: skip
+        return _advanced(model, guider, scene)
 
     return run
+
+
+def _advanced(model, guider, scene):
+    return call(
+        "SamplerCustomAdvanced", noise=call("RandomNoise", noise_seed=0)[0], guider=guider, sampler=_sampler_of(scene),
+        sigmas=scene.sigmas(model), latent_image=scene.latent,
+    )  # fmt: skip
 
 
 def _dual(style: str):
@@ -100,6 +104,20 @@ def _dual(style: str):
             cond1=p.positive, cond2=p.middle, negative=p.negative, cfg_conds=3.0, cfg_cond2_negative=cfg, style=style
         ),
     )
+
+
+class _HalfVideo(property):
+    """Where LTXVDualCFGGuider divides a packed latent: here in the middle, since the tiny model's is a picture."""
+
+    def __init__(self):
+        super().__init__(lambda guider: 4, lambda guider, found: None)
+
+
+def _dual_modality(model, prompts, scene):
+    inputs = dict(positive=prompts.positive, negative=prompts.negative, video_cfg=scene.cfg, audio_cfg=3.0)
+    (guider,) = call("LTXVDualCFGGuider", model=model, **inputs)
+    guider.__class__ = type("Halved", (type(guider),), {"_v_numel": _HalfVideo()})
+    return _advanced(model, guider, scene)
 
 
 def _dual_model(model, prompts, scene):
@@ -126,6 +144,7 @@ WAYS = {  # by name: the nodes, and a run with them
         ),
     ),
     "DualModelGuider": (["DualModelGuider"], _dual_model),
+    "LTXVDualCFGGuider": (["LTXVDualCFGGuider"], _dual_modality),
 }
 WAYS = {name: run for name, (needed, run) in WAYS.items() if all(node in scan() for node in needed)}
 

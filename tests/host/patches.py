@@ -90,10 +90,13 @@ PATCHES = {
     "FreeU": Patch(node("FreeU")),
     "FreeU_V2": Patch(node("FreeU_V2")),
     "HyperTile": Patch(node("HyperTile", tile_size=32)),
+    "LTXVModalityGuidance": Patch(node("LTXVModalityGuidance"), acts=False),
     "LTXVReferenceAudio": Patch(_reference_audio, acts=False),
+    "LTXVSpatioTemporalGuidance": Patch(node("LTXVSpatioTemporalGuidance"), acts=False),
     "LatentApplyOperationCFG": Patch(_with_operation),
     "LazyCache": Patch(node("LazyCache", reuse_threshold=0.5, start_percent=0.1), coupled=True, steps=6),
     "Mahiro": Patch(node("Mahiro"), coupled=True),
+    "ModelAttentionBackend": Patch(node("ModelAttentionBackend", attention="pytorch attention"), acts=False),
     "ModelComputeDtype": Patch(node("ModelComputeDtype", dtype="fp32"), acts=False),
     "ModelSamplingContinuousEDM": Patch(node("ModelSamplingContinuousEDM", sampling="eps")),
     "ModelSamplingDiscrete": Patch(node("ModelSamplingDiscrete", sampling="lcm", zsnr=False), acts=False),
@@ -113,6 +116,7 @@ PATCHES = {
     "TomePatchModel": Patch(node("TomePatchModel")),
     "VideoLinearCFGGuidance": Patch(node("VideoLinearCFGGuidance")),
     "VideoTriangleCFGGuidance": Patch(node("VideoTriangleCFGGuidance")),
+    "WanAnimate2Cache": Patch(node("WanAnimate2Cache"), acts=False),
     "WanContextWindowsManual": Patch(
         node("WanContextWindowsManual", **{**WINDOWS, "context_length": 13, "context_overlap": 8}), batch=1, windows=3
     ),
@@ -130,6 +134,7 @@ def case_of(way: str, name: str, **settings) -> Case:
 
 # They make another family of the model: refused, whether they come before or after SafeCFG.
 REFUSED = [
+    ("MiniMaxH3SigmaShift", {}),
     ("ModelSamplingAuraFlow", {}),
     ("ModelSamplingContinuousEDM", {"sampling": "edm"}),
     ("ModelSamplingContinuousEDM", {"sampling": "v_prediction"}),

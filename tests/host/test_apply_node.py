@@ -1,11 +1,13 @@
 """The node `SafeCFG Apply` itself: what its widgets do."""
 
 import pytest
-from comfy.patcher_extension import WrappersMP
+import torch
 from safecfg.hgr_models import HGRError
+from safecfg.nodes.host.hooks import KEY, SafeCFGError
 from safecfg.nodes.redirect.apply import Apply
 
-from fakes import make_hgr
+from fakes import NEVER, apply_hgr, make_hgr, sample
+from host_nodes import call
 
 WIDGETS = {
     "strength": 1.0, "threshold_offset": 0.0, "start_percent": 0.0, "end_percent": 1.0, "redirect": "both", "categories": "",
@@ -14,9 +16,8 @@ WIDGETS = {
 
 
 def settings_of(model):
-    """What the hooks of a MODEL close over."""
-    (hook,) = model.model_options["sampler_pre_cfg_function"]
-    return next(cell.cell_contents for cell in hook.__closure__)
+    """What SafeCFG was asked for in a MODEL."""
+    return model.get_attachment(KEY)
 
 
 def run(model, **widgets):
@@ -26,6 +27,15 @@ def run(model, **widgets):
 def test_defaults_are_the_schemas():
     schema = Apply.define_schema()
     assert {i.id: i.default for i in schema.inputs if i.id in WIDGETS} == WIDGETS
+
+
+def test_prompts_of_the_api_need_no_widget(tiny_model):
+    inputs = Apply.INPUT_TYPES()
+    assert list(inputs["required"]) == ["model", "hgr"]
+    assert list(inputs["optional"])[: len(WIDGETS)] == list(WIDGETS)  # saved workflows know widgets by their place
+    hgr = make_hgr()
+    short, long = Apply.execute(tiny_model, hgr).result[0], Apply.execute(tiny_model, hgr, **WIDGETS).result[0]
+    assert settings_of(short) == settings_of(long)
 
 
 def test_widgets_become_settings(tiny_model):
@@ -54,13 +64,34 @@ def test_an_empty_window_is_refused(tiny_model):
 def test_both_with_one_network_warns_or_stops(tiny_model, caplog):
     hgr = make_hgr()
     hgr.patcher.model.guidance = None
-    settings = settings_of_wrappers(Apply.execute(tiny_model, hgr, **WIDGETS).result[0])
+    settings = settings_of(Apply.execute(tiny_model, hgr, **WIDGETS).result[0])
     assert settings.redirect == "condition" and "has no guidance redirector; only its condition redirector acts" in caplog.text
     with pytest.raises(HGRError, match="'both' needs a guidance redirector"):
         Apply.execute(tiny_model, hgr, **{**WIDGETS, "strict": True})
 
 
-def settings_of_wrappers(model):
-    """What the wrappers of a MODEL without CFG hooks close over."""
-    ((wrapper,),) = [by_key.values() for kind, by_key in model.wrappers.items() if kind == WrappersMP.OUTER_SAMPLE]
-    return next(c.cell_contents for c in wrapper[0].__closure__)
+def with_lora(model):
+    patched = model.clone()
+    name, weight = next((k, w) for k, w in model.model.state_dict().items() if k.endswith("attn2.to_k.weight"))
+    assert patched.add_patches({name: ("diff", (torch.ones_like(weight),))})
+    return patched
+
+
+def test_a_lora_behind_the_node_is_noticed(tiny_model, tiny_cond, caplog):
+    hgr, prompts = make_hgr(NEVER, NEVER), (tiny_cond(1), tiny_cond(2))
+    for right in (apply_hgr(with_lora(tiny_model), hgr, strict=True), apply_hgr(tiny_model, hgr, strict=True).clone()):
+        sample(right, *prompts)
+    assert "behind SafeCFG Apply" not in caplog.text
+    sample(with_lora(apply_hgr(with_lora(tiny_model), hgr)), *prompts)
+    assert caplog.text.count("weights were patched behind SafeCFG Apply") == 1
+    with pytest.raises(SafeCFGError, match="Put SafeCFG Apply last"):
+        sample(with_lora(apply_hgr(tiny_model, hgr, strict=True)), *prompts)
+
+
+def test_a_merge_behind_the_node_keeps_the_hooks_of_model1(tiny_model, tiny_cond):
+    safe, prompts = apply_hgr(tiny_model, make_hgr(NEVER, NEVER), strict=True), (tiny_cond(1), tiny_cond(2))
+    merge = lambda one, two: call("ModelMergeSimple", model1=one, model2=two, ratio=0.5)[0]  # noqa: E731
+    with pytest.raises(SafeCFGError, match="a merge"):
+        sample(merge(safe, tiny_model), *prompts)
+    assert settings_of(merge(tiny_model, safe)) is None  # lost, as the help page says
+    sample(apply_hgr(merge(safe, tiny_model), make_hgr(NEVER, NEVER), strict=True), *prompts)

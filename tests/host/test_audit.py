@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import folder_paths
 import pytest
 from comfy_execution.utils import CurrentNodeContext
+from safecfg.nodes.host.hooks import SafeCFGError
 from safecfg.nodes.redirect.apply import Apply
-from safecfg.nodes.redirect.runs import SafeCFGError
 from safecfg.nodes.reporting import audit
 
 from fakes import NEVER, KnownRedirection, apply_hgr, make_hgr, sample

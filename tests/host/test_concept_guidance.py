@@ -13,7 +13,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from safecfg.hgr_models import SLD_PRESETS, HGRError, SLDSettings, output_units, parse_concepts
 from safecfg.nodes.concept import concept_hooks
 from safecfg.nodes.concept.concept_guidance import ConceptGuidance, prompts_of
-from safecfg.nodes.families import PREDICTIONS, prediction_of
+from safecfg.nodes.host.families import PREDICTIONS, prediction_of
 
 from concept_fakes import CONCEPTS, SIGMA, SOFT, alone, cfg_guider, expected, guarded, published
 from fakes import AtEverySigma, Once, guide, sample

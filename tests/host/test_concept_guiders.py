@@ -4,8 +4,8 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_perpneg
-from safecfg.nodes.concept.concept_rows import concept_condition
-from safecfg.nodes.redirect.runs import SafeCFGError
+from safecfg.nodes.host.concept_rows import concept_condition
+from safecfg.nodes.host.hooks import SafeCFGError
 
 from concept_fakes import CONCEPTS, SIGMA, SOFT, alone, basic_guider, cfg_guider, expected, guarded, published
 from fakes import AtEverySigma, KnownRedirection, Once, apply_hgr, guide, make_hgr, sample, turned

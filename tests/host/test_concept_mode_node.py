@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.families import base_of_model
+from safecfg.nodes.host.families import base_of_model
 from safecfg.nodes.redirect.apply import Apply
 
 from concept_fakes import WITH_CONCEPTS, KnownFlags
@@ -54,8 +54,16 @@ def test_what_is_missing_is_said(tiny_model):
     run_node(tiny_model, make_hgr(info=half), FakeCLIP(), categories="blue = off")
     with pytest.raises(HGRError, match="token width 16 .* token width 8"):
         run_node(tiny_model, make_hgr(info=WITH_CONCEPTS), FakeCLIP(width=8))
-    with pytest.raises(HGRError, match="'concept' needs a guidance redirector"):
-        run_node(tiny_model, make_hgr(info=WITH_CONCEPTS, networks=("condition",)), FakeCLIP())
+
+
+def test_an_hgr_of_prompts_alone_judges_too(tiny_model, tiny_cond):
+    """Its condition redirector says which prompts are flagged; a picture that is not is the model's own, to the last bit."""
+    of_prompts = dataclasses.replace(WITH_CONCEPTS, latent_format="", latent_channels=0, prediction="")
+    hgr = make_hgr(info=of_prompts, networks=("condition",))
+    flagged, clean = (run_node(tiny_model, hgr, FakeCLIP(), threshold_offset=offset, strict=True) for offset in (-1.0, 1.0))
+    plain = sample(tiny_model, tiny_cond(1), tiny_cond(2))
+    assert torch.equal(sample(clean, tiny_cond(1), tiny_cond(2)), plain)
+    assert not torch.equal(sample(flagged, tiny_cond(1), tiny_cond(2)), plain)
 
 
 def other_base_warnings(model, base, caplog):

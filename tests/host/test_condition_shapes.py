@@ -6,8 +6,9 @@ import comfy.hooks
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_perpneg
+from safecfg.nodes.host.hooks import NEGATIVE_ROLES, SafeCFGError
 from safecfg.nodes.redirect import conditions
-from safecfg.nodes.redirect.runs import NEGATIVE_ROLES, Run, SafeCFGError
+from safecfg.nodes.redirect.runs import Run
 
 from fakes import ALWAYS, INFO, NEVER, AtEverySigma, apply_hgr, guide, make_hgr, make_settings, sample
 from host_nodes import call

@@ -9,8 +9,9 @@ import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg import hgr_models
 from safecfg.hgr_models import HGRError
+from safecfg.nodes.host.hooks import SafeCFGError, is_active
 from safecfg.nodes.redirect import conditions
-from safecfg.nodes.redirect.runs import Run, SafeCFGError, Window, is_active
+from safecfg.nodes.redirect.runs import Run, Window
 
 from fakes import ALWAYS, INFO, NEVER, AtEverySigma, apply_hgr, guide, make_hgr, make_settings, sample
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safecfg.hgr_models import HGRError
 from safecfg.hgr_models.detection import LEVELS, Detection, Looks
-from safecfg.nodes.detection import looking
+from safecfg.nodes.detection import detector
 from safecfg.nodes.detection.detect_harm import DetectHarm
-from safecfg.nodes.detection.looking import fitted, heat_map, look
+from safecfg.nodes.detection.detector import fitted, heat_map, look
 from safecfg.nodes.reporting import drawing
 
 from fake_vae import Vae
@@ -57,7 +57,7 @@ def test_the_model_sees_core_s_noised_latents(tiny_model, tiny_cond, latents, mo
         seen["now"], seen["shape"] = see(0.65, noise), shape
         return Detection(torch.zeros(2, 2), torch.zeros(2, 2, 4, 4))
 
-    monkeypatch.setattr(looking, "detect", fake)
+    monkeypatch.setattr(detector, "detect", fake)
     look(tiny_model, make_hgr(), latents, tiny_cond(1), tiny_cond(2))
     now, sampling = seen["now"], tiny_model.model.model_sampling
     sigma = torch.full((2,), sampling.percent_to_sigma(0.65))
@@ -128,13 +128,13 @@ def test_the_prompts_own_harmfulness_counts(tiny_model, tiny_cond, latents):
     """Per picture as core repeats the rows of a batch of prompts; the worst of combined prompts; what has no text adds nothing."""
     hgr, three = make_hgr(), latents[[0, 1, 0]]
     batch = [[torch.cat([tiny_cond(2)[0][0], tiny_cond(3)[0][0]]), {}]]
-    apart, other = looking.detect_prompts(hgr, batch), looking.detect_prompts(hgr, tiny_cond(4))
+    apart, other = detector.detect_prompts(hgr, batch), detector.detect_prompts(hgr, tiny_cond(4))
     assert not torch.equal(apart[0], apart[1])
     expected = {"batch": apart[[0, 1, 0]], "both": torch.maximum(apart[[0, 1, 0]], other), "no text": torch.zeros(3, 2)}
     wordless = [[None, {"unclip_conditioning": []}]]
     prompts = {"batch": batch, "both": [*batch, *tiny_cond(4)], "no text": None}
-    assert looking._prompts_of(hgr, wordless, 3) is None
-    torch.testing.assert_close(looking._prompts_of(hgr, [*wordless, *batch], 3), expected["batch"])
+    assert detector._prompts_of(tiny_model, hgr, wordless, 3) is None
+    torch.testing.assert_close(detector._prompts_of(tiny_model, hgr, [*wordless, *batch], 3), expected["batch"])
     for name, positive in prompts.items():
         found = look(tiny_model, hgr, three, tiny_cond(1), positive).scores
         only = hgr.patcher.model.condition
@@ -149,7 +149,7 @@ def test_outputs(tiny_model, tiny_cond, pictures):
     worst, text, harmful, flagged, heat, preview = detect(
         tiny_model, hgr, tiny_cond(1), positive=tiny_cond(2), image=pictures, vae=vae
     )
-    content, (encoded, _) = json.loads(text), looking.encode(vae, pictures, hgr.info)
+    content, (encoded, _) = json.loads(text), detector.encode(vae, pictures, hgr.info)
     expected = look(tiny_model, hgr, encoded, tiny_cond(1), tiny_cond(2))
     assert content["categories"] == {"red": 0.5, "blue": 0.6} and content["with_prompt"] is True
     rows = torch.tensor([[image["scores"]["red"], image["scores"]["blue"]] for image in content["images"]])
@@ -201,7 +201,7 @@ def test_a_video_vae_gets_one_picture_at_a_time(pictures):
             assert len(pictures) == 1  # it would take more for frames
             return super().encode(pictures)[:, :, None]
 
-    latents, _ = looking.encode(VideoVae(), pictures, dataclasses.replace(INFO, latent_dimensions=3))
+    latents, _ = detector.encode(VideoVae(), pictures, dataclasses.replace(INFO, latent_dimensions=3))
     assert latents.shape == (2, 4, 1, 16, 16) and not torch.equal(latents[0], latents[1])
 
 
@@ -246,12 +246,19 @@ def test_another_family_is_refused(tiny_model, tiny_cond, pictures):
     ):
         with pytest.raises(HGRError, match=message):
             detect(tiny_model, make_hgr(info=info), tiny_cond(1), image=pictures, vae=Vae())
-    with pytest.raises(HGRError, match="needs a guidance redirector, but random.safetensors has none"):
-        detect(tiny_model, make_hgr(info=CALIBRATED, networks=("condition",)), tiny_cond(1), image=pictures, vae=Vae())
+    for info, why in ((CALIBRATED, "for prompts only"), (dataclasses.replace(INFO, latent_format=""), "from prompts alone")):
+        with pytest.raises(HGRError, match=f"needs a guidance redirector, but random.safetensors has none: it was trained {why}"):
+            detect(tiny_model, make_hgr(info=info, networks=("condition",)), tiny_cond(1), image=pictures, vae=Vae())
     other = Vae()
     other.latent_channels = 16
     with pytest.raises(ValueError, match="VAE with 4 latent channels .* has 16"):
         detect(tiny_model, make_hgr(info=CALIBRATED), tiny_cond(1), image=pictures, vae=other)
+
+
+def test_a_prompt_that_nothing_reads_is_said(tiny_model, tiny_cond, latents, caplog):
+    hgr = make_hgr(info=CALIBRATED, networks=("guidance",))
+    _, text, *_ = detect(tiny_model, hgr, tiny_cond(1), latent={"samples": latents}, positive=tiny_cond(2))
+    assert json.loads(text)["with_prompt"] is False and "the prompt's own harm is not judged" in caplog.text
 
 
 def test_a_model_that_gives_nan_is_said(tiny_model, tiny_cond, latents):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safecfg.hgr_models import HGRError
 from safecfg.nodes.detection.detect_prompt import DetectPromptHarm
-from safecfg.nodes.detection.looking import detect_prompts
+from safecfg.nodes.detection.detector import detect_prompts
 
 from fakes import INFO, make_hgr
 
@@ -27,7 +27,7 @@ def test_every_prompt_has_its_scores(tiny_cond):
     hgr = make_hgr(condition=0.5)
     prompts = tiny_cond(1, batch=2) + tiny_cond(2)
     expected = torch.cat([harmfulness(hgr, tokens) for tokens, _ in prompts])
-    worst, text, harmful, flagged = DetectPromptHarm.execute(prompts, hgr, **WIDGETS).result
+    worst, text, harmful, flagged, *_ = DetectPromptHarm.execute(prompts, hgr, **WIDGETS).result
     content = json.loads(text)
     assert worst == pytest.approx(expected.max().item(), abs=1e-6) and content["categories"] == {"red": 0.5, "blue": 0.5}
     rows = [[p["scores"]["red"], p["scores"]["blue"]] for p in content["prompts"]]
@@ -41,7 +41,7 @@ def test_every_prompt_has_its_scores(tiny_cond):
 def test_thresholds_and_categories(tiny_cond):
     hgr, prompt = make_hgr(condition=1.0), tiny_cond(1)
     red, blue = harmfulness(hgr, prompt[0][0])[0].tolist()
-    run = lambda **widgets: DetectPromptHarm.execute(prompt, hgr, **{**WIDGETS, **widgets}).result  # noqa: E731
+    run = lambda **widgets: DetectPromptHarm.execute(prompt, hgr, **{**WIDGETS, **widgets}).result[:4]  # noqa: E731
     assert run()[2:] == (False, [False])
     assert run(threshold=min(red, blue) / 2)[2:] == (True, [True])
     only = run(threshold=0.001, categories="red = off")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safecfg.nodes.demo_world.demo_model import demo_clip
 from safecfg.nodes.detection import roc_report
-from safecfg.nodes.detection.looking import detect_prompts
+from safecfg.nodes.detection.detector import detect_prompts
 from safecfg.nodes.detection.roc_report import RocReport, batches, points, read_picture, report
 
 from fake_vae import Vae

@@ -4,7 +4,7 @@ import copy
 import types
 
 import pytest
-from safecfg.nodes.enforcement import enforce
+from safecfg.nodes.enforcement import enforce, settings
 from safecfg.nodes.enforcement.enforced_graph import rewrite
 
 import nodes as core
@@ -39,19 +39,19 @@ def start(monkeypatch, tmp_path):
     def make(value, allow=""):
         server = Server()
         if value is None:
-            monkeypatch.delenv(enforce.VARIABLE, raising=False)
+            monkeypatch.delenv(settings.VARIABLE, raising=False)
         else:
             good = str(save_hgr(tmp_path / "good", make_hgr()))
-            monkeypatch.setenv(enforce.VARIABLE, value.replace("good", good))
-        monkeypatch.setenv(enforce.ALLOW, allow)
+            monkeypatch.setenv(settings.VARIABLE, value.replace("good", good))
+        monkeypatch.setenv(settings.ALLOW, allow)
         monkeypatch.setattr(enforce, "current_server", lambda: server)
-        enforce.enforcement.cache_clear()
+        settings.enforcement.cache_clear()
         enforce.register()
         enforce.register()
         return server
 
     yield make
-    enforce.enforcement.cache_clear()
+    settings.enforcement.cache_clear()
 
 
 def reason_of(request: dict) -> str:
@@ -70,7 +70,7 @@ def test_nothing_happens_without_the_variable(start):
 
 def test_every_prompt_is_rewritten(start):
     server = start("good")
-    assert server.on_prompt_handlers == [enforce.handle] and len(enforce.extra_nodes()) == 2
+    assert server.on_prompt_handlers == [enforce.handle] and len(enforce.extra_nodes()) == 4
     request = {"prompt": workflow(), "client_id": "x", "extra_data": {"a": 1}, "partial_execution_targets": ["6"]}
     answer = server.trigger(copy.deepcopy(request))
     assert answer == {**request, "prompt": rewrite(request["prompt"], CLASSES)}
@@ -87,8 +87,10 @@ def test_every_prompt_is_rewritten(start):
         ("good,good", "twice"),
     ],
 )
-def test_a_wrong_variable_lets_nothing_run(start, value, reason):
-    assert reason in reason_of(start(value).trigger({"prompt": workflow()}))
+def test_a_wrong_variable_lets_nothing_run(start, caplog, value, reason):
+    """Clients are told that nothing runs; the reason, which may name files, is for the log."""
+    assert "Its log says why" in reason_of(start(value).trigger({"prompt": workflow()}))
+    assert reason in caplog.text
 
 
 def test_failures_refuse_the_prompt(start, monkeypatch):
@@ -127,6 +129,12 @@ def test_renamed_nodes_are_seen_as_what_they_become(start):
 
     server.node_replace_manager = types.SimpleNamespace(apply_replacements=apply_replacements)
     assert "TheirSampler" in reason_of(server.trigger({"prompt": workflow(n4=node("OldName", model=["1", 0]))}))
+
+
+def test_an_hgr_may_be_named_without_its_ending(start):
+    start("demo")
+    state = settings.enforcement()
+    assert state.problem == "" and state.hgrs[0].path.endswith("demo.safetensors") and state.judge
 
 
 def test_a_file_that_changes_after_the_start_changes_nothing(start, tmp_path):

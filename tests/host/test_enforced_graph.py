@@ -5,7 +5,8 @@ import json
 import random
 
 import pytest
-from safecfg.nodes.enforcement.enforced_graph import GUARD, LOWEST, OURS, Refusal, check_nodes, pack_of, rewrite
+from safecfg.nodes.enforcement.enforced_graph import LOWEST, OURS, Refusal, check_nodes, pack_of, rewrite
+from safecfg.nodes.enforcement.names import GUARD
 
 import nodes as core
 from enforce_fakes import CLASSES, SAMPLER, node, unguarded, workflow
@@ -23,7 +24,8 @@ def test_a_workflow_without_safecfg_gets_it():
     assert after["4"]["inputs"]["model"] == ["safecfg_1_0", 0]
     assert after["safecfg_1_0"]["class_type"] == GUARD and after["safecfg_1_0"]["inputs"] == {"value": ["1", 0]}
     assert before == workflow() and run(after) == after
-    assert {k: v for k, v in after.items() if k not in ("4", "safecfg_1_0")} == {k: v for k, v in before.items() if k != "4"}
+    without = rewrite(before, CLASSES, judge=False)
+    assert {k: v for k, v in without.items() if k not in ("4", "safecfg_1_0")} == {k: v for k, v in before.items() if k != "4"}
 
 
 WEAK = {
@@ -131,7 +133,7 @@ def test_numbers_by_link_are_held_to_the_widgets_limits():
     }
     assert used("4", "seed")["inputs"]["low"] == 0.0
     assert used("7", "scale_low")["inputs"]["low"] == LOWEST["FreSca", "scale_low"] == 1.0
-    assert after["8"]["inputs"]["width"] == ["9", 0]  # no model near it
+    assert used("8", "width")["inputs"] == {"value": ["9", 0], "low": 16.0, "high": 16384.0}  # no model near it
     assert run(after) == after
     own = {**prompt, "9": node(GUARD, value=["99", 0], low=-9.0, high=9.0)}  # its own, looser
     assert run(own)["4"]["inputs"]["cfg"] != ["9", 0]
@@ -164,3 +166,23 @@ def test_random_prompts_are_rewritten_or_refused():
 def test_our_nodes_are_classified():
     assert CLASSES.keys() >= OURS
     assert pack_of(core.KSampler) == "" and pack_of(CLASSES["TheirSampler"]) == "their-pack"
+
+
+def test_the_clip_of_the_models_loader_chooses_the_hgr():
+    """As the loader made it, whatever LoRA is on it; a workflow's own Enforced node cannot name another."""
+    lora = node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="x", strength_model=1.0, strength_clip=1.0)
+    prompt = workflow(n7=lora, n8=node("CheckpointLoaderSimple", ckpt_name="y"), n4=node("KSampler", model=["7", 0], **SAMPLER))
+    after = rewrite(prompt, CLASSES, by_clip=True)
+    assert (
+        after["safecfg_1_0"]["inputs"] == {"value": ["1", 0], "clip": ["1", 1]} and rewrite(after, CLASSES, by_clip=True) == after
+    )
+    assert after["safecfg_7_0"]["inputs"] == {"value": ["7", 0], "clip": ["1", 1]}
+    own = {**prompt, "9": node(GUARD, value=["1", 0], clip=["8", 1]), "4": node("KSampler", model=["9", 0], **SAMPLER)}
+    after = rewrite(own, CLASSES, by_clip=True)
+    assert after[after["4"]["inputs"]["model"][0]]["inputs"]["clip"] == ["1", 1]
+    apart = workflow(n1=node("UNETLoader"), n7=node("CLIPLoader"), n2=node("CLIPTextEncode", clip=["7", 0], text="x"))
+    apart["5"]["inputs"]["vae"] = ["9", 0]
+    apart["9"] = node("VAELoader")
+    assert rewrite(apart, CLASSES, by_clip=True)["safecfg_1_0"]["inputs"]["clip"] == ["7", 0]
+    apart["8"] = node("CLIPLoader")
+    assert "clip" not in rewrite(apart, CLASSES, by_clip=True)["safecfg_1_0"]["inputs"]

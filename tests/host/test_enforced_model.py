@@ -9,14 +9,20 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.enforcement import enforce
+from safecfg.nodes.enforcement import enforce, enforced_model, settings, vetted
 from safecfg.nodes.enforcement.enforced_model import check_guider_models, enforced, one_per_family
-from safecfg.nodes.families import family_of_hgr
-from safecfg.nodes.redirect.runs import SafeCFGError
+from safecfg.nodes.host.families import family_of_hgr
+from safecfg.nodes.host.hooks import SafeCFGError
 
 from enforce_fakes import save_hgr
 from fakes import INFO, NEVER, Once, apply_hgr, guide, make_hgr, sample
 from test_guiders import basic_guider, cfg_guider, dual_guider, perp_neg_guider
+
+
+@pytest.fixture(autouse=True)
+def tests_are_vetted(monkeypatch):
+    """Samplers of these tests are no pack's."""
+    monkeypatch.setattr(vetted, "_is_allowed", lambda name, allowed: "/host/" in name)
 
 
 @pytest.mark.parametrize("weaken", [dict(strength=0.0), dict(redirect="condition"), dict(strict=False), dict(end_percent=0.1)])
@@ -63,7 +69,7 @@ def test_another_family_is_refused_and_several_hgrs_find_theirs(tiny_model, tmp_
         enforced(tiny_model, [sdxl])
     hgr = make_hgr()
     assert enforced(tiny_model, [sdxl, hgr]).get_additional_models_with_key("safecfg") == [hgr.patcher]
-    same = [enforce.load_hgr_model(str(save_hgr(tmp_path / name, make_hgr(level)))) for name, level in (("a", 0.1), ("b", 0.2))]
+    same = [settings.load_hgr_model(str(save_hgr(tmp_path / name, make_hgr(level)))) for name, level in (("a", 0.1), ("b", 0.2))]
     groups = one_per_family([*same, sdxl])
     assert [family_of_hgr(g.info)[:4] for g in groups] == ["SD15", "SDXL"] and len(groups[0].info.categories) == 4
 
@@ -117,14 +123,14 @@ def test_an_overridden_cfg_counts(tiny_model, tiny_cond):
 
 def test_strict_holds_where_nothing_can_be_seen(tiny_model, tiny_cond):
     model = enforced(tiny_model, [make_hgr()])
-    with pytest.raises(SafeCFGError, match="no negative prompt"):
+    with pytest.raises(SafeCFGError, match=r"no negative prompt.* \[safecfg:not-redirected\]$"):
         guide(basic_guider(model, tiny_cond), Once())
     only = enforced(tiny_model, [make_hgr(networks=("condition",))])
     guide(basic_guider(only, tiny_cond), Once())
 
 
 def test_the_enforced_node_lets_numbers_within_limits_through(monkeypatch):
-    monkeypatch.setattr(enforce, "enforcement", lambda: enforce.Enforcement((), frozenset()))
+    monkeypatch.setattr(enforce, "enforcement", lambda: settings.Enforcement((), frozenset()))
     assert enforce.Enforced.execute(5, 0.0, 10.0).result[0] == 5 and enforce.Enforced.execute(5, low=0.0).result[0] == 5
     for value in (-1, 11, float("nan"), "5", None, torch.tensor(5.0)):
         with pytest.raises(SafeCFGError, match="from 0 to 10"):
@@ -137,7 +143,30 @@ def test_a_loop_without_guiders_is_stopped(tiny_model, tiny_cond):
     conds = comfy.samplers.process_conds(model.model, x, conds, x.device)
     comfy.model_management.load_models_gpu([model])
     model.pre_run()
-    with pytest.raises(SafeCFGError, match="bypasses ComfyUI's guiders"):
+    with pytest.raises(SafeCFGError, match=r"bypasses ComfyUI.s guiders.*safecfg:not-redirected"):
         comfy.samplers.sampling_function(
             model.model, x, torch.tensor([5.0]), conds["negative"], conds["positive"], 5.0, model.model_options
         )
+
+
+def test_auto_finds_the_hgr_of_the_text_encoder(tiny_model, monkeypatch):
+    """Only where no HGR that was named is of the model's family, and only with a CLIP."""
+    named, chosen = make_hgr(info=dataclasses.replace(INFO, latent_format="SDXL")), make_hgr()
+    asked = []
+    monkeypatch.setattr(enforced_model, "find_or_make", lambda clip, model: asked.append((clip, model)) or chosen)
+    terms = enforced_model.Terms(auto=True)
+    assert enforced(tiny_model, [named], terms, "clip").get_additional_models_with_key("safecfg") == [chosen.patcher]
+    assert asked == [("clip", tiny_model)]
+    with pytest.raises(HGRError, match="no-hgr"):
+        enforced(tiny_model, [named], terms)
+    with pytest.raises(HGRError, match="no-hgr"):
+        enforced(tiny_model, [named], enforced_model.Terms(), "clip")
+    assert enforced(tiny_model, [chosen], terms, "clip") and len(asked) == 1
+
+
+def test_an_hgr_of_prompts_alone_fits_every_model(tiny_model):
+    of_prompts = make_hgr(
+        networks=("condition",), info=dataclasses.replace(INFO, latent_format="", latent_channels=0, prediction="")
+    )
+    found = enforced(tiny_model, [of_prompts])
+    assert found.get_additional_models_with_key("safecfg") == [of_prompts.patcher]

@@ -8,9 +8,9 @@ import comfy.model_sampling
 import pytest
 import torch
 from safecfg.hgr_models import HGRError
-from safecfg.nodes.families import family_of_hgr, prediction_of
-from safecfg.nodes.redirect.packing import Part, part_for
-from safecfg.nodes.training.facts import recording_facts
+from safecfg.nodes.host.families import family_of_hgr, prediction_of
+from safecfg.nodes.host.packed_latents import Part, part_for
+from safecfg.nodes.training.plan import recording_facts
 
 import families
 from fakes import INFO, NEVER, KnownRedirection, apply_hgr, make_hgr, sample
@@ -36,7 +36,7 @@ def test_a_later_patch_of_the_sampling_is_seen(tiny_model, tiny_cond):
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     model = ModelSamplingDiscrete().patch(apply_hgr(tiny_model), "v_prediction", False)[0]
-    with pytest.raises(HGRError, match="EPS prediction, but this model has .* V prediction"):
+    with pytest.raises(HGRError, match="EPS prediction, but this model is .* V prediction"):
         sample(model, tiny_cond(1), tiny_cond(2))
 
 
@@ -104,7 +104,7 @@ def test_image_to_image_prediction_is_refused(kind):
     with pytest.raises(HGRError, match=rf"turns one picture into another \({kind}\)"):
         apply_hgr(model, make_hgr(info=own))
     with pytest.raises(HGRError, match="turns one picture into another"):  # nor is one trained for it
-        recording_facts(model, None, None)
+        recording_facts(model, None, None, None)
 
 
 def test_parts_of_packed_latents():

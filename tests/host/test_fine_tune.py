@@ -12,16 +12,18 @@ import pytest
 import torch
 from comfy_extras import nodes_train
 from safecfg import hgr_models
+from safecfg.hgr_models.hgr import NO_LATENTS
 from safecfg.hgr_models.lora import load_lora, lora_from
 from safecfg.hgr_models.lora_samples import read_samples
 from safecfg.hgr_models.pairs import PromptPair, PromptSet
 from safecfg.nodes.demo_world.demo_model import DemoModel
-from safecfg.nodes.families import base_of_model
+from safecfg.nodes.host.families import base_of_model
 from safecfg.nodes.loader import SHIPPED, HGRModel, core_patcher, load_hgr_model
 from safecfg.nodes.redirect.apply import apply
-from safecfg.nodes.training import frozen, safe_lora
-from safecfg.nodes.training.fine_tune import FineTuneSafeLora, session_folder
-from safecfg.nodes.training.unlabelled_inputs import gather_prompts
+from safecfg.nodes.safe_lora import session
+from safecfg.nodes.safe_lora.fine_tune import FineTuneSafeLora, session_folder
+from safecfg.nodes.safe_lora.inputs import gather_prompts
+from safecfg.nodes.training import frozen_model
 
 import nodes as core_nodes
 from fakes import CPU, Once, guide, make_settings
@@ -100,6 +102,23 @@ def test_an_ordinary_lora_that_cores_loaders_apply(demo, hgr):
     assert len(losses["loss"]) == 1 and "harmful: weapons" in report and "from their safe target" in report
 
 
+def test_an_hgr_of_prompts_alone_teaches(demo, folders):
+    """The condition redirector judges and turns; nothing looks at guidance, and the HGR knows no latents."""
+    whole = hgr_models.load_hgr(SHIPPED / "demo.safetensors")
+    thresholds = {"guidance_thresholds": ((0.5,) * 3,), "picture_thresholds": ()}
+    whole.guidance, whole.info = None, dataclasses.replace(whole.info, **NO_LATENTS, **thresholds)
+    hgr_models.save_hgr(folders / "prompts.safetensors", whole)
+    with torch.inference_mode():
+        of_prompts = load_hgr_model(str(folders / "prompts.safetensors"))
+    assert of_prompts.info.of_prompts and of_prompts.patcher.model.guidance is None
+    _, _, _, report = tune(demo, of_prompts)
+    judged = load_lora(folder_paths.get_full_path_or_raise("loras", "mine.safetensors"))[1]["judged"]
+    assert judged["categories"]["weapons"] > 0 and judged["categories"]["drugs"] > 0 and "from their safe target" in report
+    with torch.inference_mode():
+        (turned,) = core_nodes.LoraLoaderModelOnly().load_lora_model_only(demo[0], "mine.safetensors", 1.0)
+    assert (predicted(turned, demo) - predicted(demo[0], demo)).abs().max() > 0.01
+
+
 def test_the_file_says_where_it_comes_from(demo, hgr):
     lora, *_ = tune(demo, hgr)
     tensors, about = load_lora(folder_paths.get_full_path_or_raise("loras", "mine.safetensors"))
@@ -113,14 +132,14 @@ def test_the_file_says_where_it_comes_from(demo, hgr):
 
 def cancel_after(monkeypatch, part, text):
     """Cancels as the front end does, when a part's message has a text."""
-    update = safe_lora.Progress.update
+    update = session.Progress.update
 
     def cancelling(self, name, share, message):
         if name == part and text in message:
             mm.interrupt_current_processing()
         update(self, name, share, message)
 
-    monkeypatch.setattr(safe_lora.Progress, "update", cancelling)
+    monkeypatch.setattr(session.Progress, "update", cancelling)
 
 
 STOPS = [("recording", "batch 1 of 2"), ("training", "step 2 of"), ("training", "step 5 of")]
@@ -154,8 +173,8 @@ def test_clean_data_leaves_the_model_as_it_is(demo, hgr):
 
 def test_what_it_will_take_counts_the_targets(demo, hgr, monkeypatch):
     """They stay in memory in 16 bits, while two latents in 32 bits of every step are on disk."""
-    costs, estimate = [], safe_lora.LoraSession._estimate
-    monkeypatch.setattr(safe_lora.LoraSession, "_estimate", lambda self: costs.append(estimate(self)) or costs[-1])
+    costs, estimate = [], session.LoraSession._estimate
+    monkeypatch.setattr(session.LoraSession, "_estimate", lambda self: costs.append(estimate(self)) or costs[-1])
     for runs in (3, 9):
         tune(demo, hgr, name=f"runs{runs}", runs=runs)
     (few, many) = costs
@@ -193,8 +212,8 @@ def test_an_hgr_of_another_family_is_refused(demo, hgr):
 
 
 def test_a_model_without_gradients_is_refused(demo, hgr, monkeypatch):
-    predict = frozen.FrozenModel.predict
-    monkeypatch.setattr(frozen.FrozenModel, "predict", lambda *args: predict(*args).detach())
+    predict = frozen_model.FrozenModel.predict
+    monkeypatch.setattr(frozen_model.FrozenModel, "predict", lambda *args: predict(*args).detach())
     with pytest.raises(hgr_models.HGRError, match="no exact gradients to a LoRA"):
         tune(demo, hgr)
 
@@ -226,7 +245,7 @@ def test_prompts_come_from_everywhere_without_labels(folders):
     assert sorted(found) == ["a cat", "a cow", "a dog", "a flower", "a knife", "a tree"]
     orders = {gather_prompts("a tree\n", "more.txt", pairs(), seed) for seed in range(5)}
     assert len(orders) > 1 and all(isinstance(text, str) for order in orders for text in order)
-    assert not {"labels", "harms", "pairs"} & set(inspect.signature(safe_lora.LoraSession).parameters)
+    assert not {"labels", "harms", "pairs"} & set(inspect.signature(session.LoraSession).parameters)
 
 
 @pytest.mark.parametrize(

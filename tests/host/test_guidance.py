@@ -8,10 +8,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache
 from safecfg import hgr_models
+from safecfg.nodes.host.hooks import SafeCFGError
 from safecfg.nodes.redirect import sampling_hooks
-from safecfg.nodes.redirect.runs import SafeCFGError
 
-from fakes import KnownRedirection, apply_hgr, sample
+from fakes import NEVER, KnownRedirection, Once, apply_hgr, guide, make_hgr, sample, turned
+from test_guiders import cfg_guider
 
 ONLY_GUIDANCE = {"redirect": "guidance"}
 
@@ -100,13 +101,27 @@ def test_window_limits_the_redirections(tiny_model, tiny_cond, monkeypatch):
     assert all(sampling.percent_to_sigma(0.7) < sigma <= sampling.percent_to_sigma(0.3) for sigma in known.sigmas)
 
 
-def test_a_negative_outside_its_time_gives_no_guidance(tiny_model, tiny_cond, monkeypatch):
-    """Core's output of an inactive condition is zeros: no direction to judge."""
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_a_negative_outside_its_time_is_looked_away_from_all_the_same(tiny_model, tiny_cond, monkeypatch, cfg):
+    """Core's output of an inactive condition is zeros, no direction to judge: the negative is evaluated without its bounds."""
     known = KnownRedirection(monkeypatch)
     late = [[tiny_cond(2)[0][0], {"start_percent": 0.5}]]
-    plain = sample(tiny_model, tiny_cond(1), late, steps=8)
-    sample(apply_hgr(tiny_model, **ONLY_GUIDANCE), tiny_cond(1), late, steps=8)
-    assert 0 < known.count < 8 and plain.isfinite().all()
+    model = apply_hgr(tiny_model, **ONLY_GUIDANCE, strict=True)
+    sample(model, tiny_cond(1), late, steps=8, cfg=cfg)
+    assert known.count == 8  # every step, in its time and outside
+    result = guide(cfg_guider(model, lambda seed: late if seed == 2 else tiny_cond(seed), cfg), Once(), sigmas=(12.0, 0.0))
+    free = guide(cfg_guider(tiny_model, tiny_cond), Once(), sigmas=(12.0, 0.0)).alone
+    safe = free["negative"] + turned(free["positive"] - free["negative"])
+    torch.testing.assert_close(result.out, cfg * safe, atol=1e-3, rtol=0)  # core takes the inactive negative for zeros
+
+
+def test_a_clean_picture_with_a_late_negative_is_bit_identical(tiny_model, tiny_cond):
+    late = [[tiny_cond(2)[0][0], {"start_percent": 0.5}]]
+    for cfg in (1.0, 5.0):
+        plain = sample(tiny_model, tiny_cond(1), late, steps=4, cfg=cfg)
+        assert torch.equal(
+            sample(apply_hgr(tiny_model, make_hgr(NEVER, NEVER), strict=True), tiny_cond(1), late, steps=4, cfg=cfg), plain
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_perpneg
-from safecfg.nodes.redirect.runs import SafeCFGError
+from safecfg.nodes.host.hooks import SafeCFGError
 
 from fakes import NEVER, AtEverySigma, KnownRedirection, Once, apply_hgr, guide, make_hgr, sample, turned
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from safecfg.nodes.redirect.lent_negative import lend_negative
-from safecfg.nodes.redirect.runs import LENT, SafeCFGError
+from safecfg.nodes.host.hooks import LENT, SafeCFGError
+from safecfg.nodes.redirect.conditions import lend_negative
 from safecfg.nodes.reporting import report_drawing, traces
 from safecfg.nodes.reporting.drawing import HARM
 from safecfg.nodes.reporting.report import Report

@@ -1,5 +1,6 @@
 """`SafeCFG Load HGR` and the checkpoints it accepts."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from safecfg import hgr_models
 from safecfg.hgr_models import HGRError
 from safecfg.nodes import loader
+from safecfg.nodes.enforcement.enforced_model import enforced
+from safecfg.nodes.host.hooks import KEY
 from safecfg.nodes.loader import LoadHGR, load_hgr_model, load_patcher
-from safecfg.nodes.redirect.runs import KEY
+from safecfg.nodes.redirect.apply import Apply
+from safecfg.nodes.redirect.combine_hgr import CombineHGR
 
 from fakes import apply_hgr, make_hgr
 
@@ -76,8 +80,9 @@ def test_a_model_on_another_device_gets_the_hgr_there(folder, tiny_model):
     assert hgr.on(there) is copy and (copy.path, copy.hash, copy.info) == (hgr.path, hgr.hash, hgr.info)
     model = tiny_model.clone()
     model.load_device = there
-    (patcher,) = apply_hgr(model, hgr).get_additional_models_with_key(KEY)
-    assert patcher is copy.patcher
+    for safe in (apply_hgr(model, hgr), enforced(model, [hgr])):
+        (patcher,) = safe.get_additional_models_with_key(KEY)
+        assert patcher is copy.patcher
     (patcher,) = apply_hgr(tiny_model, hgr).get_additional_models_with_key(KEY)
     assert patcher is hgr.patcher
 
@@ -154,5 +159,18 @@ def test_a_missing_file_is_named(folder):
     save(folder / "mine.safetensors")
     assert LoadHGR.validate_inputs("mine.safetensors") is True and LoadHGR.validate_inputs(None) is True
     assert "mine.safetensors" in LoadHGR.validate_inputs("gone.safetensors")
-    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+    with pytest.raises(HGRError, match="gone.safetensors"):
         LoadHGR.execute("gone.safetensors")
+
+
+def test_without_an_hgr_the_node_that_uses_it_says_what_to_do(tiny_model):
+    """Load HGR opens in every template without an error."""
+    assert LoadHGR.validate_inputs(loader.NONE_YET) is True
+    assert LoadHGR.fingerprint_inputs(loader.NONE_YET) == loader.NONE_YET
+    (hgr,) = LoadHGR.execute(loader.NONE_YET).result
+    with pytest.raises(HGRError, match="no HGR for this model yet.*03 Make an HGR for your checkpoint.*Concept Guidance"):
+        Apply.execute(tiny_model, hgr)
+    with pytest.raises(HGRError, match="no HGR for this model yet"):
+        CombineHGR.execute(hgr, hgr)
+    assert not hasattr(hgr, "get_ram_usage")  # core asks
+    copy.deepcopy(hgr)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safecfg.nodes import NODES
-from safecfg.nodes.enforcement.enforce import Enforced, Refused
+from safecfg.nodes.enforcement.enforce import Enforced, EnforcedLatent, EnforcedPicture, Refused
 
 ROOT = Path(__file__).parents[2]
 TRANSLATED = ("zh", "ja")
@@ -25,7 +25,8 @@ KEPT = (
     r"\w*\.(?:safetensors|csv|json)",
     r"[A-Z]{2,}\d*",
 )  # names, paths, initials
-SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in [*NODES, Enforced, Refused])}
+GUARDS = (Enforced, Refused, EnforcedLatent, EnforcedPicture)
+SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in [*NODES, *GUARDS])}
 
 
 def node_texts(schema) -> dict:
@@ -130,12 +131,15 @@ def test_no_text_is_taken_for_message_syntax(language):
     assert not [key for key, text in flat(read(language, "nodeDefs")).items() if re.search(r"[{}@|]", text)]
 
 
+CALLS = {"meter": r'text\("(\w+)"(?:, \{([^}]*)\})?', "advanced": r'(?<=["? :])"(show|hide)"()'}
+
+
+@pytest.mark.parametrize("part", CALLS)
 @pytest.mark.parametrize("language", ("en", *TRANSLATED))
-def test_the_meter_has_its_texts(language):
-    source = (ROOT / "web" / "js" / "meter.js").read_text(encoding="utf-8")
-    calls = re.findall(r'text\("(\w+)"(?:, \{([^}]*)\})?', source)
-    used = {key: set(re.findall(r"(?:^|,) *(\w+)", values)) for key, values in calls}
-    texts = read(language, "main")["safecfg"]["meter"]
+def test_the_front_ends_parts_have_their_texts(language, part):
+    source = (ROOT / "web" / "js" / f"{part}.js").read_text(encoding="utf-8").replace('text("advanced", ', "")
+    used = {key: set(re.findall(r"(?:^|,) *(\w+)", values)) for key, values in re.findall(CALLS[part], source)}
+    texts = read(language, "main")["safecfg"][part]
     assert used and {key: set(re.findall(r"\{(\w+)\}", text)) for key, text in texts.items()} == used
     if language != "en":
-        assert not set(texts.values()) & set(read("en", "main")["safecfg"]["meter"].values())
+        assert not set(texts.values()) & set(read("en", "main")["safecfg"][part].values())

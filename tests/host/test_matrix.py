@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from safecfg.hgr_models import HGRError
 
 from host_nodes import HOOKS, OPTIONS, SAMPLER, SAMPLES, call, scan
@@ -57,10 +58,20 @@ def test_the_nodes_act(matrix_model, name):
 def test_another_family_is_refused(matrix_model, name, inputs):
     """Made so before SafeCFG, or after it: then by every way to sample."""
     patch = lambda model: call(name, model=model, **inputs)[0]  # noqa: E731
-    names_both = r"SD15 latents \(4 channels, 2-D\) with EPS prediction, but this model has SD15 .* with (?!EPS)\w+ prediction"
+    names_both = (
+        r"SD15 latents \(4 channels, 2-D\) with EPS prediction, but this model is .* and has SD15 .* with (?!EPS)\w+ prediction"
+    )
     with pytest.raises(HGRError, match=names_both):
         with_safecfg(patch(matrix_model))
     for way in WAYS:
         with pytest.raises(HGRError, match=names_both):
             sample(way, patch(with_safecfg(matrix_model)), Prompts.make(), Scene.make())
         TALLY["runs of another family refused"] += 1
+
+
+@pytest.mark.skipif("LTXVDualCFGGuider" not in WAYS, reason="this host has no LTXVDualCFGGuider")
+def test_two_modalities_have_a_scale_each(matrix_model):
+    """Of an audio-video latent: the left half of the tiny one is drawn with cfg 5, as CFGGuider does, the right one with cfg 3."""
+    one, other = (sample(way, matrix_model, Prompts.make(), Scene.make()) for way in ("CFGGuider", "LTXVDualCFGGuider"))
+    torch.testing.assert_close(other[..., :4], one[..., :4])
+    assert (other[..., 4:] - one[..., 4:]).abs().max() > 1e-3 * one.abs().max()

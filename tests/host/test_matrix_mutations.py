@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from safecfg import hgr_models
+from safecfg.nodes.host.hooks import POST_CFG, PRE_CFG
 from safecfg.nodes.redirect import conditions, guidance_hooks, sampling_hooks
 from safecfg.nodes.redirect.runs import Run
 
@@ -96,7 +97,7 @@ def categories_ignored(settings, *args):
 
 
 def hooks_last(model_options, hooks):
-    for name in (sampling_hooks.PRE_CFG, sampling_hooks.POST_CFG):
+    for name in (PRE_CFG, POST_CFG):
         others = [f for f in model_options.get(name, []) if not getattr(f, "_safecfg", False)]
         model_options[name] = others + [hooks[name] for _ in range(name in hooks)]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safecfg import hgr_models
 from safecfg.nodes import loader
+from safecfg.nodes.host.hooks import KEY, SafeCFGError
 from safecfg.nodes.loader import load_hgr_model, load_patcher
-from safecfg.nodes.redirect.runs import KEY, SafeCFGError
 
 from fakes import ALWAYS, CPU, NEVER, apply_hgr, make_hgr
 from host_nodes import HOST, call

@@ -1,14 +1,18 @@
 """The live meter's messages: when they are sent, what they say, and that nobody waits for them."""
 
 import itertools
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
-from safecfg.nodes.redirect.readings import Lagged
+from safecfg.nodes import NODES
 from safecfg.nodes.reporting import meter
+from safecfg.nodes.reporting.run_log import Lagged
 
 from fakes import apply_hgr, sample
 
@@ -66,3 +70,16 @@ def test_the_meter_changes_nothing(tiny_model, tiny_cond, monkeypatch):
     quiet = sample(model, tiny_cond(1), tiny_cond(2))
     FrontEnd(monkeypatch)
     assert torch.equal(sample(model, tiny_cond(1), tiny_cond(2)), quiet)
+
+
+def test_the_front_end_shows_a_meter_on_every_node_that_sends_one():
+    """Those that put SafeCFG into a MODEL and know their own id."""
+    script = (Path(__file__).parents[2] / "web" / "js" / "meter.js").read_text(encoding="utf-8")
+    shown = set(re.findall(r'"(SafeCFG_\w+)"', re.search(r"const NODES = new Set\((.*?)\);", script)[1]))
+    schemas = [node.GET_SCHEMA() for node in NODES]
+    sending = {
+        s.node_id
+        for s in schemas
+        if io.Hidden.unique_id in (s.hidden or ()) and s.outputs[:1] and s.outputs[0].io_type == "MODEL"
+    }
+    assert shown == sending and "SafeCFG_Protect" in shown

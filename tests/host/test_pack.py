@@ -1,10 +1,16 @@
 """The pack as ComfyUI meets it."""
 
 import asyncio
+import importlib
+import importlib.util
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import safecfg
+
+PACK = Path(safecfg.__path__[0])
 
 
 def test_comfy_is_the_host_and_not_the_pack():
@@ -30,3 +36,22 @@ def test_no_second_copy_of_the_pack_is_loaded(name):
     asyncio.run(safecfg.comfy_entrypoint())
     module = sys.modules.get(name)
     assert module is None or not str(module.__file__).startswith(str(safecfg.__path__[0]))
+
+
+def test_every_module_imports_without_the_repository(tmp_path):
+    """From a copy of what the registry's archive has of code: nothing may need `tests` or `benchmarks`."""
+    for folder in ("nodes", "hgr_models", "demo"):
+        shutil.copytree(PACK / folder, tmp_path / folder, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    shutil.copyfile(PACK / "__init__.py", tmp_path / "__init__.py")
+    spec = importlib.util.spec_from_file_location("packed", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)])
+    before = set(sys.modules)
+    try:
+        sys.modules["packed"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["packed"])
+        paths = [path.relative_to(tmp_path).with_suffix("").parts for path in sorted((tmp_path / "nodes").rglob("*.py"))]
+        for parts in paths:
+            importlib.import_module(".".join(("packed", *parts)).removesuffix(".__init__"))
+        assert len(paths) > 50 and not {"tests", "benchmarks"} & (set(sys.modules) - before)
+    finally:
+        for name in [name for name in sys.modules if name == "packed" or name.startswith("packed.")]:
+            del sys.modules[name]

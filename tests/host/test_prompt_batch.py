@@ -3,7 +3,8 @@
 import pytest
 import torch
 from safecfg.nodes.demo_world.demo_model import demo_clip
-from safecfg.nodes.demo_world.prompt_batch import PromptBatch, encode_batch
+from safecfg.nodes.demo_world.prompt_batch import PromptBatch, batch
+from safecfg.nodes.host.encoding import LENGTHS, encode_batch, encode_groups
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,12 @@ def test_rows_are_the_prompts(clip):
         assert torch.equal(row[None], clip.encode_from_tokens(clip.tokenize(prompt)))
 
 
-def test_shorter_prompts_get_empty_chunks(clip):
+def test_a_long_prompt_leaves_its_neighbours_as_they_are(clip):
     long = "a frog and a strawberry " * 5
-    ((tokens, _),) = encode_batch(clip, ["a knife", long])
-    empty = clip.encode_from_tokens(clip.tokenize(""))
-    assert tokens.shape == (2, 32, 128)
-    assert torch.equal(tokens[:1], torch.cat([clip.encode_from_tokens(clip.tokenize("a knife")), empty], dim=1))
-    assert torch.equal(tokens[1:], clip.encode_from_tokens(clip.tokenize(long)))
+    first, second = batch(clip, ["a knife", long])
+    assert torch.equal(first[0], clip.encode_from_tokens(clip.tokenize("a knife")).expand(2, -1, -1))
+    assert torch.equal(second[0], clip.encode_from_tokens(clip.tokenize(long)).expand(2, -1, -1))
+    assert first[1]["mask"].flatten().tolist() == [1, 0] and second[1]["mask"].flatten().tolist() == [0, 1]
 
 
 def test_an_empty_text_is_said(clip):
@@ -48,39 +48,44 @@ class LanguageModel:
         return [[torch.full((1, count, 8), 2.0), {**extra, "attention_mask": torch.ones(1, count)} if self.masked else extra]]
 
 
-def test_masked_encoders_are_padded():
-    ((tokens, extra),) = encode_batch(LanguageModel(guidance=3.5), ["a b c", "a"])
-    assert tokens.shape == (2, 3, 8) and extra["pooled_output"][:, 0].tolist() == [3, 1] and extra["guidance"] == 3.5
-    assert extra["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and (tokens[1, 1:] == 0).all()
+def test_prompts_of_one_length_share_an_entry():
+    (rows, ((tokens, extra),)), (other, ((alone, _),)) = encode_groups(LanguageModel(guidance=3.5), ["a b c", "a", "d e f"])
+    assert (rows, other) == ([0, 2], [1]) and tokens.shape == (2, 3, 8) and alone.shape == (1, 1, 8)
+    assert extra["pooled_output"][:, 0].tolist() == [3, 3] and extra["guidance"] == 3.5
 
 
-class Padding(LanguageModel):
-    """An encoder that pads to 3 tokens, as T5 does, and marks nothing."""
-
-    def tokenize(self, text):
-        words = [(len(word), 1.0) for word in text.split()]
-        return {"t5": [words + [(0, 1.0)] * (3 - len(words))]}
-
-    def encode_from_tokens_scheduled(self, tokens):
-        return [[torch.tensor([[[float(token)] * 2 for token, _ in tokens["t5"][0]]]), {}]]
+def test_what_is_only_read_is_padded_and_masked():
+    ((tokens, extra),) = encode_batch(LanguageModel(masked=False), ["a b c", "a"])
+    assert tokens.shape == (2, 32, 8) and (tokens[1, 1:] == 0).all() and extra[LENGTHS].flatten().tolist() == [3, 1]
+    assert extra["attention_mask"].sum(dim=1).tolist() == [3, 1]
+    ((tokens, extra),) = encode_batch(LanguageModel(masked=False), ["a b", "c d"])
+    assert tokens.shape == (2, 2, 8) and not {"attention_mask", LENGTHS} & extra.keys()
 
 
-def test_encoders_that_pad_share_a_batch_with_more_padding():
-    ((tokens, _),) = encode_batch(Padding(), ["aa bb cc dd e", "aaa"])
-    assert tokens[..., 0].tolist() == [[2, 2, 2, 2, 1], [3, 0, 0, 0, 0]]
+def test_text_that_only_the_second_prompt_carries_is_not_lost():
+    class Quoted(LanguageModel):
+        def encode_from_tokens_scheduled(self, tokens):
+            ((tensor, extra),) = super().encode_from_tokens_scheduled(tokens)
+            return [[tensor, {**extra, "conditioning_byt5small": torch.ones(1, 2, 4)} if tensor.shape[1] > 1 else extra]]
+
+    ((_, extra),) = encode_batch(Quoted(), ["a", "a b"])
+    assert "conditioning_byt5small" in extra
+    assert [sorted(c[0][1].keys() & {"conditioning_byt5small"}) for _, c in encode_groups(Quoted(), ["a", "a b"])] == [
+        [], ["conditioning_byt5small"],
+    ]  # fmt: skip
 
 
-def test_a_mask_that_core_dropped_is_given_back():
-    clip = LanguageModel(masked=False)
-    clip.cond_stage_model = torch.nn.ModuleList([torch.nn.Identity()])
-    clip.cond_stage_model[0].return_attention_masks = True
-    ((tokens, extra),) = encode_batch(clip, ["a b c", "a"])
-    assert tokens.shape == (2, 3, 8) and extra["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert "attention_mask" not in encode_batch(clip, ["a b", "c d"])[0][1]
+class Video:
+    """A MODEL of latents with 3 dimensions."""
+
+    def get_model_object(self, name):
+        return type("Format", (), {"latent_dimensions": 3})
 
 
-def test_what_cannot_share_a_batch_is_said():
-    with pytest.raises(ValueError, match="different lengths"):
-        encode_batch(LanguageModel(masked=False), ["a b c", "a"])
-    with pytest.raises(ValueError, match="extra tensors"):
-        encode_batch(LanguageModel(layers=torch.ones(3, 1, 2)), ["a", "b"])
+def test_prompts_of_different_lengths_need_the_model():
+    clip = LanguageModel(layers=torch.ones(1, 3, 2))
+    with pytest.raises(ValueError, match=r"different lengths \(1, 3 tokens\). Connect `model`"):
+        PromptBatch.execute(clip, "a b c\na")
+    (first, second), count = PromptBatch.execute(clip, "a b c\na", Video()).result
+    assert count == 2 and first[0].shape == (2, 3, 8) and second[0].shape == (2, 1, 8)
+    assert first[1]["mask"].shape == (2, 1, 1, 1) and first[1]["layers"].shape == (2, 3, 2)

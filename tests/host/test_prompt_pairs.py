@@ -9,6 +9,7 @@ from safecfg.demo import prompts as demo_prompts
 from safecfg.demo import words, world
 from safecfg.hgr_models import HGRError
 from safecfg.hgr_models.pairs import CATEGORIES, PromptSet
+from safecfg.nodes.host import server as host_server
 from safecfg.nodes.training import demo_pairs
 from safecfg.nodes.training import prompt_pairs as node_file
 from safecfg.nodes.training.prompt_pairs import DEMO, NO_FILE, OWN, SEVEN, PromptPairs
@@ -50,7 +51,7 @@ def test_seven_categories():
 def test_the_summary_is_shown_on_the_node(monkeypatch):
     sent = []
     server = type("Server", (), {"send_progress_text": lambda self, *args: sent.append(args)})()
-    monkeypatch.setattr(node_file, "current_server", lambda: server)
+    monkeypatch.setattr(host_server, "current_server", lambda: server)
     node = type("Node", (PromptPairs,), {"hidden": type("Hidden", (), {"unique_id": "7"})})
     output = node.execute(**WIDGETS)
     assert sent == [(output.result[1], "7")] and output.ui.as_dict() == {"text": (output.result[1],)}
@@ -59,7 +60,7 @@ def test_the_summary_is_shown_on_the_node(monkeypatch):
 def test_categories_can_be_picked():
     prompts, _ = run(categories="violence, sexual")
     assert prompts.categories == ("violence", "sexual") and {c for p in prompts.pairs for c in p.harms} == {"violence", "sexual"}
-    with pytest.raises(HGRError, match="Unknown category weapons: these prompts have hate, harassment"):
+    with pytest.raises(HGRError, match="Unknown category .weapons. in .*: these prompts have hate, harassment"):
         run(categories="weapons")
 
 
@@ -67,6 +68,15 @@ def test_the_same_seed_gives_the_same_prompts():
     for name in (SEVEN, DEMO):
         first, other = (run(prompt_set=name, seed=seed)[0].digest() for seed in (3, 4))
         assert run(prompt_set=name, seed=3)[0].digest() == first != other
+
+
+def test_calibration_prompts_of_the_built_in_set_alone():
+    many = run(clean_prompts=400, calibration_prompts=100)[0]
+    assert 95 <= len(many.held_out_clean) <= 130 and len(many.clean) + len(many.held_out_clean) == 400
+    assert len(run(clean_prompts=400, calibration_prompts=100, held_out=0.0)[0].held_out_clean) == 0
+    assert len(run(prompt_set=DEMO, clean_prompts=40, calibration_prompts=100)[0].held_out_clean) == 4
+    defaults = {i.id: i.default for i in PromptPairs.define_schema().inputs}
+    assert (defaults["pairs_per_category"], defaults["clean_prompts"], defaults["calibration_prompts"]) == (1000, 6000, 2000)
 
 
 def names_of(text):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler
 from safecfg.hgr_models import CategorySettings, GuidanceResult
-from safecfg.nodes.redirect.readings import Readings
-from safecfg.nodes.redirect.runs import KEY
+from safecfg.nodes.host.hooks import KEY
 from safecfg.nodes.reporting import traces
+from safecfg.nodes.reporting.run_log import Readings
 from safecfg.nodes.reporting.traces import STORE, TraceStore, trace_of
 
 import nodes

@@ -10,7 +10,7 @@ import folder_paths
 import pytest
 import torch
 from safecfg import hgr_models
-from safecfg.hgr_models import files
+from safecfg.hgr_models import files, trainer
 from safecfg.hgr_models.detection import LEVELS
 from safecfg.hgr_models.guidance import GuidanceConfig
 from safecfg.hgr_models.pairs import PromptPair, PromptSet
@@ -20,6 +20,7 @@ from safecfg.nodes.detection.detect_harm import DetectHarm
 from safecfg.nodes.redirect.apply import Apply
 from safecfg.nodes.training import session
 from safecfg.nodes.training.plan import recording_folder
+from safecfg.nodes.training.prompt_recorder import plan_batches
 from safecfg.nodes.training.record_guidance import RecordGuidance
 from safecfg.nodes.training.train_hgr import TrainHGR
 
@@ -30,7 +31,7 @@ SMALL = {
     "samplers": "euler, dpmpp_2m", "scheduler": "normal", "cfg_min": 3.0, "cfg_max": 7.0, "negatives": "(empty)\na gun", "seed": 3,
 }  # fmt: skip
 TRAIN = {
-    **SMALL, "train": "both", "resume": True, "condition_steps": 4, "guidance_steps": 6, "learning_rate": 1e-3, "size": "small",
+    **SMALL, "train": "both", "resume": True, "condition_steps": 4, "prompt_steps": 5, "guidance_steps": 6, "learning_rate": 1e-3, "size": "small",
     "false_positive_rate": 0.05, "checkpointing": False,
 }  # fmt: skip
 APPLY = {
@@ -94,6 +95,14 @@ def test_what_the_guidance_redirector_needs_grows_with_the_latents(demo):
     assert 20 < large / (2 * values) < 200
 
 
+def test_the_estimate_counts_the_prompts_that_are_encoded():
+    """Long prompts of large encoders do not all fit on the disk's share; those that do not cost no time."""
+    prompts = prompt_set()
+    for each in (1.0, 1e8, 1e9):
+        assert session.estimate.share_kept(prompts, each) == plan_batches(prompts, each)[1]
+    assert plan_batches(prompts, 1e9)[1] < 1
+
+
 def test_an_hgr_for_this_model_appears_and_applies(demo):
     before = {k: v.clone() for k, v in demo[0].model.state_dict().items()}
     hgr, losses, curves, summary = train(demo)
@@ -104,6 +113,9 @@ def test_an_hgr_for_this_model_appears_and_applies(demo):
     assert info.training["steps"] == {"condition": 4, "guidance": 6}
     assert hgr.path == path and isinstance(losses["loss"], list) and curves.shape[0] == 1 and curves.std() > 0
     assert "false alarms" in summary and "condition redirector: 4 steps" in summary
+    card = pathlib.Path(path).with_suffix(".md").read_text(encoding="utf-8")
+    for said in ("| settings networks | both |", "| settings seed | 3 |", info.training["prompts"], hgr.hash, "clean runs"):
+        assert said in card, said
     Apply.execute(demo[0], hgr, **APPLY)
     after = demo[0].model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before) and not demo[0].wrappers
@@ -147,8 +159,8 @@ def test_a_trained_hgr_judges_pictures(demo):
 
 def test_calibration_is_told_what_harmful_prompts_and_runs_read(demo, monkeypatch):
     """Without it, few clean samples give thresholds that no harm passes."""
-    given, calibrated = {}, session.calibrated
-    monkeypatch.setattr(session, "calibrated", lambda *args, **more: given.update(more) or calibrated(*args, **more))
+    given, calibrated = {}, trainer.calibrated
+    monkeypatch.setattr(trainer, "calibrated", lambda *args, **more: given.update(more) or calibrated(*args, **more))
     hgr = train(demo)[0]
     p, b = given["harmful"]
     categories = len(hgr.info.categories)
@@ -200,7 +212,7 @@ def test_beginning_again_does_not_cost_what_cannot_be_replaced(demo):
     folder = recording_folder("mine")
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(hgr_models.HGRError, match="exists and comes from another training"):
-        train(demo, resume=False, guidance_steps=5)
+        train(demo, resume=False, learning_rate=2e-3)
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
@@ -238,7 +250,7 @@ def test_recorded_here_trained_without_a_model(demo):
         ({"sizes": "512"}, "Expected sizes such as"),
         ({"sizes": "512x512,"}, "Expected sizes such as"),
         ({"samplers": "euler, nonsense"}, "Expected names of samplers"),
-        ({"cfg_min": 9.0}, "Expected cfg_min at most cfg_max"),
+        ({"cfg_min": 9.0}, "Expected cfg_min of at least 1 and at most cfg_max"),
         ({"name": "a/b"}, "Expected a plain name"),
         ({"name": ""}, "Expected a plain name"),
         ({"prompts": prompt_set(clean=("a dog",))}, "at least 2 clean prompts"),
@@ -264,7 +276,7 @@ def test_slow_text_encoders_are_part_of_the_estimate(demo, monkeypatch, caplog):
         train(demo, train="condition")
     (said,) = [message for message in caplog.messages if "takes about" in message]
     hours = float(said.split("takes about ")[1].split(" h")[0])
-    assert 4.1 < hours < 4.4  # 13 of the 15 prompts, the others being reserved, and 6 runs of 2 texts
+    assert 4.9 < hours < 5.1  # both sides of 3 pairs, 12 clean prompts, and 6 runs of 2 texts
 
 
 def test_a_full_disk_is_seen_before_anything_is_recorded(demo, monkeypatch):

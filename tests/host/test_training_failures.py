@@ -150,5 +150,5 @@ def test_a_prompt_of_10000_characters(tiny):
     prompts = prompt_set(categories=("weapons",), pairs=(long,), concept_prompts={"weapons": "weapons"})
     hgr = train(tiny, prompts=prompts, train="condition", condition_steps=1, harmful_runs=3)[0]
     assert hgr_models.load_hgr(hgr.path).info.training["steps"] == {"condition": 1}
-    shard = hgr_models.shards.read_shard(recording_folder("mine") / "texts-harmful-00000.safetensors")
+    shard = hgr_models.shards.read_shard(recording_folder("mine") / "texts-pairs-00000.safetensors")
     assert shard.tensors["prompts.tokens"].shape[1] > 900

@@ -1,5 +1,8 @@
 """Training for any family: the same nodes on tiny random models of other predictions, channels and dimensions."""
 
+import json
+from types import SimpleNamespace
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
@@ -7,6 +10,8 @@ import comfy.supported_models
 import pytest
 import torch
 from safecfg import hgr_models
+from safecfg.hgr_models.model_card import measured_of
+from safecfg.nodes.host.architecture import architecture_of
 from safecfg.nodes.redirect.apply import Apply
 from safecfg.nodes.training import check_hgr
 from safecfg.nodes.training.check_hgr import CheckHGR
@@ -35,6 +40,15 @@ class TinyNet(torch.nn.Module):
 
 class TinyClip:
     """Words as random vectors; a pooled vector beside them."""
+
+    def __init__(self):
+        self.cond_stage_model, self.patcher = torch.nn.Identity(), SimpleNamespace(patches_uuid="none")
+
+    def clone(self):
+        return self
+
+    def clip_layer(self, _):
+        pass
 
     def tokenize(self, text):
         return [sum(map(ord, word)) for word in text.split()[:6]]
@@ -89,6 +103,9 @@ def test_another_family_trains_applies_and_is_checked(name):
     assert "2 harmful runs" in result[1] and "with the new thresholds" in result[1]
     assert result[0].path.endswith("fitted.safetensors")
     assert len(result[0].info.picture_thresholds) == len(info.picture_thresholds) == 2
+    for path in (hgr.path, result[0].path):  # both cards say what was found
+        found = measured_of(path)["check"]
+        assert found["harmful_runs"] == 2 and architecture_of(model) in found["model"]
 
 
 def test_a_new_calibration_is_told_what_harmful_prompts_and_runs_read(monkeypatch):
@@ -98,9 +115,15 @@ def test_a_new_calibration_is_told_what_harmful_prompts_and_runs_read(monkeypatc
     monkeypatch.setattr(check_hgr, "calibrated", lambda *args, **more: given.update(more) or calibrated(*args, **more))
     arguments = {k: v for k, v in SMALL.items() if "runs" not in k}
     with torch.inference_mode():
-        CheckHGR.execute(model, TinyClip(), hgr, prompt_set(), 2, 2, 0.05, "told", **arguments)
+        mine = ("a red cat", "a blue dog", "a green frog")
+        said = CheckHGR.execute(model, TinyClip(), hgr, prompt_set(), 2, 2, 0.05, "told", my_prompts=mine, **arguments).result
     p, b = given["harmful"]
     assert len(p) == len(b) == 2 and not p.isnan().all() and not b.isnan().all()
+    # The user's own prompts are among the clean ones, and the report says what becomes of them.
+    numbers = json.loads(said[2])
+    assert said[0].info.training["calibration"]["clean_prompts"] == 2 + len(mine) and numbers["clean_runs"] == 2
+    assert "of 3 of your prompts are flagged" in said[1] and numbers["my_prompts"]["prompts"] == 3
+    assert numbers["recalibrated"]["my_prompts"]["flagged"] == 0
 
 
 def test_an_hgr_of_another_family_is_not_checked():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safecfg import hgr_models
 from safecfg.hgr_models.condition import narrower_width
+from safecfg.nodes.host.encoder_print import encoder_of
+from safecfg.nodes.host.encoding import some_layer, vary
 from safecfg.nodes.training import recorder
-from safecfg.nodes.training.facts import recording_facts
+from safecfg.nodes.training.plan import recording_facts
 from safecfg.nodes.training.recorder import RunSettings, plan_jobs, record_job
-from safecfg.nodes.training.wording import some_layer, vary
 
 from test_training import demo, folders, prompt_set, train  # noqa: F401 (two are fixtures)
 from test_training_families import FAMILIES, TinyClip, make_model
@@ -58,8 +59,10 @@ def test_clip_skip_in_a_share_of_the_batches():
 def test_runs_to_learn_from_are_worded_as_users_do(demo, monkeypatch, looks, varied):  # noqa: F811
     """Prompt, partner and negative are read by the same layer; runs to measure with stay plain."""
     encoded = []
-    encode = recorder.encode_batch
-    monkeypatch.setattr(recorder, "encode_batch", lambda clip, texts: encoded.append((clip, texts)) or encode(clip, texts))
+    encode = recorder.encode_groups
+    monkeypatch.setattr(
+        recorder, "encode_groups", lambda clip, texts, *how: encoded.append((clip, texts)) or encode(clip, texts, *how)
+    )
     settings = RunSettings(2, 1, ((64, 64),), ("euler",), "normal", (3.0, 3.0), ("",), 0)
     prompts = prompt_set()
     jobs = plan_jobs(settings, "harmful", prompts.pairs, 24, ("prompt",), looks=looks)
@@ -92,7 +95,7 @@ def test_a_narrower_encoder_is_found_and_has_units_of_its_own():
     assert not network.short_scale[12:].any()
     tokens = clip.encode_from_tokens_scheduled(clip.tokenize("a knife"))[0][0]
     assert narrower_width(tokens) == 12
-    sample = hgr_models.shards.Texts(tokens, None, None, torch.zeros(1, 2))
-    assert recording_facts(model, prompt_set(), sample)["short_width"] == 12
+    sample, found = hgr_models.shards.Texts(tokens, None, None, torch.zeros(1, 2)), encoder_of(clip)
+    assert recording_facts(model, prompt_set(), sample, found)["short_width"] == 12
     one = hgr_models.shards.Texts(tokens[:, 2:], None, None, torch.zeros(1, 2))
-    assert "short_width" not in recording_facts(model, prompt_set(), one)
+    assert "short_width" not in recording_facts(model, prompt_set(), one, found)

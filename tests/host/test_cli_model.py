@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import pytest
@@ -23,9 +24,9 @@ PACK, HOST = Path(__file__).parents[2], Path(os.environ["COMFYUI_PATH"])
 CPU = torch.device("cpu")
 
 
-def host_model():
+def cli_model():
     """The file as the command loads it."""
-    spec = importlib.util.spec_from_file_location("loaded_by_path", PACK / "nodes" / "training" / "host_model.py")
+    spec = importlib.util.spec_from_file_location("loaded_by_path", PACK / "nodes" / "training" / "cli_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -47,20 +48,22 @@ def recording(checkpoint):
 
 
 def test_the_checkpoint_is_the_recorded_model_and_carries_gradients(checkpoint, recording):
-    predict = host_model().frozen(CPU, HOST, "tiny.safetensors", recording, 2)
+    predict = cli_model().frozen(CPU, HOST, "tiny.safetensors", recording, 2)
     points, prompts = recording.draw(HARMFUL, 3, torch.Generator().manual_seed(1))
     tokens = prompts.tokens.requires_grad_(True)
     denoised = predict(points, prompts, tokens, prompts.pooled)
     torch.testing.assert_close(denoised, points.cond_denoised, atol=0.02, rtol=0.02)
     assert torch.autograd.grad(denoised.square().sum(), tokens)[0].any() and predict.loss_scale == 1.0
+    predict.close()  # else this process would go on as one that trains: core's flag, without inference mode
+    assert not getattr(comfy.model_management, "in_training", False)
 
 
 def test_what_cannot_be_loaded_is_said(checkpoint, recording, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint 'absent'"):
-        host_model().frozen(CPU, HOST, "absent", recording, 2)
+        cli_model().frozen(CPU, HOST, "absent", recording, 2)
     other = write_checkpoint(tmp_path / "other.safetensors", WIDTH, POOLED, seed=1)
     with pytest.raises(ValueError, match="recorded with another model than .*other.safetensors"):
-        host_model().frozen(CPU, HOST, str(other), recording, 2)
+        cli_model().frozen(CPU, HOST, str(other), recording, 2)
 
 
 def test_two_processes_train_both_networks(checkpoint, recording, tmp_path):
