@@ -5,6 +5,7 @@ A host is a ComfyUI checkout and the Python of its environment: `COMFYUI_PATH` (
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Host:
         words = version.read_text(encoding="utf-8").split('"') if version.is_file() else []
         return f"ComfyUI-{words[-2]}" if len(words) >= 3 else self.path.name
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """To compare hosts by: (0, 33, 0); () where the checkout does not say."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.name))
+
 
 def python_of(environment: Path) -> Path:
     """The interpreter of a virtual environment."""
@@ -44,8 +50,8 @@ def find_hosts(env: Mapping[str, str], home: Path) -> list[Host]:
         if not (root / "main.py").is_file():
             raise FileNotFoundError(f"COMFYUI_PATH is {path!r}, but there is no main.py in it: it must be a ComfyUI checkout.")
         return [Host(root, _python_beside(root, env.get("COMFYUI_PYTHON")))]
-    roots = sorted((home / "comfy").glob("ComfyUI*"), key=lambda p: p.name)
-    return [Host(root, _python_beside(root)) for root in roots if (root / "main.py").is_file()]
+    roots = [root for root in (home / "comfy").glob("ComfyUI*") if (root / "main.py").is_file()]
+    return sorted((Host(root, _python_beside(root)) for root in roots), key=lambda host: (host.version, host.name), reverse=True)
 
 
 def _python_beside(root: Path, given: str | None = None) -> Path:

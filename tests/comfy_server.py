@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from packed import unpack_release
@@ -24,11 +25,13 @@ class PromptError(RuntimeError):
 
 
 class Server:
-    """main.py of a host on a free port, in a temporary base directory."""
+    """main.py of a host on a free port, in a temporary base directory; `packs`: folders of other custom nodes to load as well."""
 
-    def __init__(self, host, base: Path):
+    def __init__(self, host, base: Path, packs: Sequence[Path] = ()):
         self.host, self.base, self.log_file = host, base, base / "server.log"
         unpack_release(base / "custom_nodes" / "safecfg")
+        for pack in packs:  # other people's, beside ours
+            (base / "custom_nodes" / pack.name).symlink_to(pack.resolve())
         (base / "extra_model_paths.yaml").write_text(f"shared:\n    base_path: {base}\n    hgr: shared/hgr\n", encoding="utf-8")
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True)
@@ -43,6 +46,8 @@ class Server:
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--extra-model-paths-config", str(self.base / "extra_model_paths.yaml")]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.setdefault("OMP_NUM_THREADS", "1")  # the host tests run beside it: threads that wait for each other are slow
+        environment.pop("PYTEST_CURRENT_TEST", None)  # some packs do not load in a test
         with self.log_file.open("wb") as log:
             return subprocess.Popen(
                 command, cwd=self.host.path, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -74,6 +79,12 @@ class Server:
     def get(self, path: str) -> dict:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.load(answer)
+
+    def free(self) -> None:
+        """Makes the server forget what it has computed."""
+        body = json.dumps({"unload_models": False, "free_memory": True}).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + "/free", body), timeout=60):
+            pass
 
     def object_info(self) -> dict:
         """Every node the server knows, by id."""

@@ -12,10 +12,11 @@ from PIL import Image
 from demo import world
 from demo.detection import render_scenes
 from hgr_models import load_hgr, save_hgr
+from templates import read
 from workflow_format import to_prompt
 
 ROOT = Path(__file__).parents[2]
-WORKFLOWS = ("detect_harm", "image_gate")
+WORKFLOWS = ("Detect harm in pictures", "Hold back harmful pictures")
 NAME = "calibrated.safetensors"
 DETECT = {"threshold": 0.0, "categories": "", "longest_side": 0, "draws": 1, "fixed_seed": 0}
 
@@ -86,7 +87,7 @@ def pixels(file: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflows(server, hgr, name):
-    workflow, info = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")), server.object_info()
+    workflow, info = read(name), server.object_info()
     nodes, prompt = {node["id"]: node for node in workflow["nodes"]}, to_prompt(workflow, info)
     for number, source, output, target, slot, kind in workflow["links"]:
         assert number in nodes[source]["outputs"][output]["links"] and nodes[target]["inputs"][slot]["link"] == number

@@ -71,7 +71,8 @@ def prompts() -> tuple[HGR, str, str]:
     """A random HGR that flags one of two prompts by its tokens; the HGR, the prompt that it flags, the clean one."""
     torch.manual_seed(3)
     facts = {"latent_format": "SD15", "latent_channels": 4, "latent_dimensions": 2, "prediction": "EPS", "token_width": 128}
-    info = lambda level: HGRInfo(("weapons", "drugs"), (level,) * 2, (), ((1.0, 1.0),), **facts, pooled_width=0)  # noqa: E731
+    facts |= {"pooled_width": 0, "picture_thresholds": (1.0, 1.0)}  # no picture is held back
+    info = lambda level: HGRInfo(("weapons", "drugs"), (level,) * 2, (), ((1.0, 1.0),), **facts)  # noqa: E731
     hgr = HGR(info(0.5), ConditionConfig(128, 2, width=32, depth=1, delta_depth=1), GuidanceConfig(4, 2, width=32, read_depth=1))
     for parameter in hgr.parameters():
         if parameter.ndim > 1:
@@ -233,14 +234,16 @@ def test_a_refusal_says_why_and_nothing_is_queued(enforced, prompts):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=60)
     assert caught.value.code == 400
-    assert "SafeCFG (enforced): node 10 (TheirExpander)" in json.loads(caught.value.read())["error"]["details"]
+    answer = json.loads(caught.value.read())
+    assert answer["node_errors"] == {} and answer["error"]["type"] == "safecfg" and answer["error"]["code"] == "node-not-allowed"
+    assert "SafeCFG (enforced): node 10 (TheirExpander)" in answer["error"]["details"]
     queue = enforced.get("/queue")
     assert queue == {"queue_running": [], "queue_pending": []}
 
 
 def test_the_server_says_what_it_enforces(server, enforced):
     assert "SafeCFG: enforced for every prompt" in enforced.log() and FILE in enforced.log()
-    for name in ("SafeCFG_Enforced", "SafeCFG_Refused"):
+    for name in ("SafeCFG_Enforced", "SafeCFG_Refused", "SafeCFG_EnforcedLatent", "SafeCFG_EnforcedPicture"):
         info = enforced.object_info()[name]
         inputs = [spec for kind in ("required", "optional") for spec in info["input"].get(kind, {}).values()]
         assert info["description"] and inputs and all(spec[1]["tooltip"] for spec in inputs)

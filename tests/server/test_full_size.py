@@ -15,29 +15,35 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.random_checkpoints import CHECKPOINTS
+from benchmarks.random_checkpoints import CHECKPOINTS, FLUX
 from comfy_server import Server
-from hgr_models import HGR, HGRInfo, load_hgr, save_hgr
+from hgr_models import HGR, HGRInfo, evaluate, load_hgr, save_hgr
 from hgr_models.condition import ConditionConfig
+from templates import read
 from workflow_format import to_prompt
 
 ROOT = Path(__file__).parents[2]
 WANTED = os.environ.get("FULL_SIZE", "")
-DRAW = {"sd15": "safe_checkpoint", "sdxl": "safe_sdxl", "flux": "safe_flux"}
+DRAW = {"sd15": "Protect a checkpoint with its HGR", "sdxl": "Protect SDXL with its HGR", "flux": "Protect Flux with its HGR"}
 WIDTHS = {"sd15": ("SD15", 768, 768), "sdxl": ("SDXL", 2048, 1280), "flux": ("Flux", 4096, 768)}
 FEW = {
     "harmful_runs": 3, "clean_runs": 1, "calibration_runs": 1, "run_steps": 2, "batch": 1, "condition_steps": 2, "guidance_steps": 2,
-    "size": "small", "sizes": "64x64", "pairs_per_category": 1, "clean_prompts": 4, "width": 64, "height": 64,
-    "steps": 2,
+    "prompt_steps": 2, "train": "prompts + guidance", "size": "small", "sizes": "64x64", "pairs_per_category": 1, "clean_prompts": 4,
+    "width": 64, "height": 64, "steps": 2,
 }  # fmt: skip
+DETECTOR = """
+import sys
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+labels = {0: "normal", 1: "nsfw"}
+small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+ViTForImageClassification(ViTConfig(**small, id2label=labels, label2id={v: k for k, v in labels.items()})).save_pretrained(sys.argv[1])
+ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(sys.argv[1])
+"""
 ONE_RUN = {"harmful_runs": 1, "clean_runs": 1}  # of SafeCFG Check HGR, whose clean runs have 20 steps
 
 
-@pytest.fixture(params=DRAW)
-def family(request, host) -> str:
-    newest = (host.path / "app" / "subgraph_manager.py").is_file()
-    if request.param not in (WANTED or ("sd15" if newest else "none")).split(","):
-        pytest.skip(f"only with {request.param} in the environment variable FULL_SIZE")
+@pytest.fixture(params=WANTED.split(",") if WANTED else ["sd15"])
+def family(request, newest_host) -> str:
     return request.param
 
 
@@ -56,7 +62,7 @@ def full_size_server(host, family, tmp_path):
 
 def prompt_of(server, template: str) -> dict:
     """A template as the front end sends it, with few runs and steps, and small pictures."""
-    workflow = json.loads((ROOT / "workflows" / f"{template}.json").read_text(encoding="utf-8"))
+    workflow = read(template)
     prompt = to_prompt(workflow, server.object_info())
     for node in prompt.values():
         few = {**FEW, **(ONE_RUN if node["class_type"] == "SafeCFG_CheckHGR" else {})}
@@ -69,8 +75,8 @@ def inputs_of(prompt: dict, kind: str) -> dict:
 
 
 def train(server, family: str) -> None:
-    """An HGR by the training template, with the loader's file and the name that the family's own template says."""
-    prompt = prompt_of(server, "train_hgr_checkpoint")
+    """An HGR by the training template, with the loader's file."""
+    prompt = prompt_of(server, "Make an HGR for your checkpoint")
     inputs_of(prompt, "SafeCFG_TrainHGR")["name"] = f"{family}_hgr"
     inputs_of(prompt, "CheckpointLoaderSimple")["ckpt_name"] = Path(CHECKPOINTS[family]).name
     server.post_prompt(prompt)
@@ -97,6 +103,7 @@ def test_an_hgr_draws_with_a_full_size_model(full_size_server, family):
     assert (info.latent_format, info.token_width, info.pooled_width) == WIDTHS[family]
 
     prompt = prompt_of(server, DRAW[family])
+    inputs_of(prompt, "SafeCFG_LoadHGR")["hgr_name"] = f"{family}_hgr.safetensors"
     apply = inputs_of(prompt, "SafeCFG_Apply")
     (save,) = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
 
@@ -109,10 +116,29 @@ def test_an_hgr_draws_with_a_full_size_model(full_size_server, family):
     plain = draw(threshold_offset=-1.0, strength=0.0)
     assert plain.std() > 0 and not np.array_equal(flagged, plain)
     assert np.array_equal(draw(threshold_offset=1.0, strength=1.0), plain)  # nothing is
+    an_evaluation(server, family)
     if family == "sd15":
         everything_is_harmful(server)
         a_lora_changes_the_picture(server)
         detection_judges(server)
+
+
+def an_evaluation(server, family: str) -> None:
+    """By the command, from the loaders' files, with a small ViT of random weights as the detector that Falconsai's is."""
+    folder = server.base / "models" / "safety_judges" / "nsfw_image_detection"
+    subprocess.run([str(server.host.python), "-c", DETECTOR, str(folder)], check=True)
+    (server.base / "input" / "mine.csv").write_text("unsafe_prompt,safe_prompt\na knife,a spoon\n", encoding="utf-8")
+    files = ["--checkpoint", Path(CHECKPOINTS[family]).name] if family in CHECKPOINTS else [
+        "--diffusion-model", Path(FLUX["model"]).name, "--text-encoders", *(Path(FLUX[name]).name for name in ("clip_l", "t5xxl")),
+        "--vae", Path(FLUX["vae"]).name,
+    ]  # fmt: skip
+    line = ["mine.csv", *files, "--hgr", f"{family}_hgr.safetensors", "--name", family, "--steps", "2", "--size", "64x64"]
+    evaluate.main([*line, "--judges", "nsfw_image_detection", "--server", server.url, "--json", str(server.base / "found.json")])
+    found = json.loads((server.base / "found.json").read_text(encoding="utf-8"))
+    assert [(row["list"], row["arm"], row["n"]) for row in found["rows"]] == [
+        (f"mine {kind}", arm, 1) for kind in ("unsafe", "safe") for arm in ("plain", "SafeCFG")
+    ]
+    assert found["hgr"]["file"] == f"{family}_hgr.safetensors" and found["clean"][0]["bit_identical"] == 1.0
 
 
 def everything_is_harmful(server) -> None:
@@ -138,7 +164,7 @@ def with_checkpoint(server, template: str) -> dict:
 
 
 def a_lora_changes_the_picture(server) -> None:
-    prompt = with_checkpoint(server, "safe_lora")
+    prompt = with_checkpoint(server, "Fine-tune a safe LoRA")
     inputs_of(prompt, "SafeCFG_FineTuneSafeLoRA").update(text="a knife\na dog", runs=2)
     entry = server.post_prompt(prompt)
     base, tuned = (server.files(entry, key)[0] for key in ("12", "15"))
@@ -146,7 +172,7 @@ def a_lora_changes_the_picture(server) -> None:
 
 
 def detection_judges(server) -> None:
-    prompt = with_checkpoint(server, "detect_harm")
+    prompt = with_checkpoint(server, "Detect harm in pictures")
     entry = server.post_prompt(prompt)
     (key,) = [key for key, node in prompt.items() if node["class_type"] == "PreviewAny"]
     assert "violence" in str(entry["outputs"][key])

@@ -133,7 +133,7 @@ def archive(folder: Path, version: str, only_here: str) -> None:
 
 
 @pytest.fixture
-def manager(host, tmp_path):
+def manager(host, newest_host, tmp_path):
     """Runs the Manager's command line for a base directory beside a registry of ours: `manager("install", "safecfg")`."""
     if subprocess.run([host.python, "-c", "import importlib.util as u; exit(not u.find_spec('comfyui_manager'))"]).returncode:
         pytest.skip("NO COMFYUI-MANAGER IN THE HOST'S PYTHON: installing through it was not tried")

@@ -1,6 +1,7 @@
 """The nodes on a real server: what they say about themselves, and what they do to latents."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_everything_has_a_tooltip(server):
     ours = {name: info for name, info in server.object_info().items() if name.startswith("SafeCFG_")}
     assert ours.keys() >= {"SafeCFG_LoadHGR", "SafeCFG_Apply", "SafeCFG_DemoModel", "SafeCFG_PromptBatch"}
     for info in ours.values():
-        assert info["category"] == "SafeCFG" and info["description"]
+        assert re.fullmatch("SafeCFG/(use|detect|train|report)", info["category"]) and info["description"]
         inputs = [spec for kind in ("required", "optional") for spec in info["input"].get(kind, {}).values()]
         assert all(spec[1]["tooltip"] for spec in inputs) and len(info["output_tooltips"]) == len(info["output"])
         assert all(info["output_tooltips"])
@@ -151,6 +152,28 @@ def test_latents_are_those_of_plain_torch(latents):
     assert (got - wanted).abs().max() < 1e-3 * wanted.std()
 
 
+def test_prompts_of_the_api_need_no_widget(server):
+    """What has a default may be left out, of every node."""
+    node = lambda kind, **inputs: {"class_type": f"SafeCFG_{kind}", "inputs": inputs}  # noqa: E731
+    model, clip, hgr = ["1", 0], ["1", 1], ["2", 0]
+    prompt = {
+        "1": node("DemoModel"),
+        "2": node("LoadHGR", hgr_name="demo.safetensors"),
+        "3": node("PromptBatch", clip=clip),
+        "4": node("TextEncode", clip=clip, hgr=hgr, text="a knife"),
+        "5": node("ConceptGuidance", model=model, clip=clip),
+        "6": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
+        "7": node("DetectHarm", model=["5", 0], hgr=hgr, negative=["4", 0], image=["6", 0], vae=["1", 2]),
+        "8": node("ImageGate", images=["6", 0], scores=["7", 1]),
+        "9": node("DetectPromptHarm", conditioning=["3", 0], hgr=hgr),
+        "10": node("RocReport", hgr=hgr, clip=clip, source="prompts"),
+        "11": {"class_type": "PreviewAny", "inputs": {"source": ["9", 0]}},
+        "12": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
+    }
+    entry = server.post_prompt(prompt)
+    assert entry["outputs"]["11"] and len(server.files(entry, "12")) == 1
+
+
 def test_errors_come_back_readable(server, save, prompt_error):
     save("family.safetensors", make_hgr(latent_format="SDXL"))
     save("width.safetensors", make_hgr(token_width=768))
@@ -160,11 +183,14 @@ def test_errors_come_back_readable(server, save, prompt_error):
     content = (server.base / "models" / "hgr" / "good.safetensors").read_bytes()
     (server.base / "models" / "hgr" / "cut.safetensors").write_bytes(content[: len(content) // 2])
     cases = [
-        ({"hgr": "gone.safetensors"}, "There is no HGR 'gone.safetensors'; there is .*good.safetensors.* models/hgr"),
+        (
+            {"hgr": "gone.safetensors"},
+            "There is no HGR 'gone.safetensors' in models/hgr; there is .*good.safetensors.*03 Make an HGR",
+        ),
         ({"hgr": "../../etc/passwd"}, "There is no HGR"),
         ({"hgr": "text.safetensors"}, "text.safetensors is not a complete safetensors file"),
         ({"hgr": "cut.safetensors"}, "cut.safetensors is not a complete safetensors file"),
-        ({"hgr": "family.safetensors"}, "trained for a model of SDXL latents .* but this model has SD15 latents"),
+        ({"hgr": "family.safetensors"}, "trained for a model of SDXL latents .* but this model is .* has SD15 latents"),
         ({"hgr": "width.safetensors"}, "token width 768 .* token width 128"),
         ({"hgr": "half.safetensors"}, "needs a guidance redirector, but .*half.safetensors has none"),
         ({"hgr": "good.safetensors", "categories": "swords = 1"}, "Unknown category 'swords'.* weapons, drugs"),

@@ -37,7 +37,7 @@ def test_errors_come_back_readable(summary, prompt_error):
         ({"file": "gone.csv"}, "There is no file 'gone.csv'"),
         ({"file": "../extra_model_paths.yaml"}, "There is no file"),
         ({"prompt_set": "emoji"}, "not in list|There is no prompt set 'emoji'; there is seven categories"),
-        ({"categories": "weapons"}, "Unknown category weapons: these prompts have hate, harassment"),
+        ({"categories": "weapons"}, "Unknown category .weapons. in .*: these prompts have hate, harassment"),
         ({"own_pairs": "fine => good\nno arrow"}, "line 2: expected one `=>`, as in `harmful => safe`, but got 'no arrow'"),
         ({"prompt_set": "own only", "categories": ""}, "Expected pairs of your own"),
         ({"pairs_per_category": 0}, "smaller than min"),

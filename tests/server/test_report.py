@@ -8,15 +8,15 @@ import time
 import urllib.parse
 import urllib.request
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from templates import path_of
 from workflow_format import to_prompt
 
-WORKFLOW = Path(__file__).parents[2] / "workflows" / "report.json"
+WORKFLOW = path_of("See what was redirected")
 APPLY, SAMPLER, REPORT, TEXT = "3", "7", "10", "11"  # ids in the workflow
 
 
@@ -123,15 +123,15 @@ def test_old_prompts_need_no_audit_log(server, prompt):
     server.post_prompt(prompt)
 
 
-def test_a_model_without_safecfg_is_refused(server, prompt, prompt_error):
+def test_a_model_without_safecfg_says_so(server, prompt):
     prompt[REPORT]["inputs"]["model"] = ["1", 0]
-    with pytest.raises(prompt_error, match="went through SafeCFG Apply"):
-        server.post_prompt(prompt)
+    entry = server.post_prompt(prompt)
+    assert "this MODEL has no SafeCFG" in json.dumps(entry["outputs"][TEXT])
 
 
 def test_the_extension_and_the_help_pages_are_served(server):
-    scripts = [path for path in server.get("/extensions") if "/safecfg/" in path]
-    assert scripts == ["/extensions/safecfg/js/meter.js"]
+    scripts = sorted(path for path in server.get("/extensions") if "/safecfg/" in path)
+    assert scripts == [f"/extensions/safecfg/js/{name}.js" for name in ("advanced", "meter", "texts")]
     for path in (*scripts, "/extensions/safecfg/docs/SafeCFG_Report.md", "/extensions/safecfg/docs/SafeCFG_Apply.md"):
         with urllib.request.urlopen(server.url + path, timeout=60) as answer:
             assert len(answer.read()) > 500

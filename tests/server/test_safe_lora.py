@@ -3,15 +3,15 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from templates import path_of
 from workflow_format import to_prompt
 
-WORKFLOW = Path(__file__).parents[2] / "workflows" / "safe_lora.json"
+WORKFLOW = path_of("Fine-tune a safe LoRA")
 SMALL = {
     "text": "a knife and an apple\na dog", "name": "server_lora", "steps": 12, "learning_rate": 0.01, "runs": 3, "run_steps": 2, "batch": 2,
     "cfg_min": 5.0, "cfg_max": 5.0,

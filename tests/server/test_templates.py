@@ -8,19 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from templates import FOLDER, TEMPLATES, read
 from workflow_format import NOTES, to_prompt
 
 ROOT = Path(__file__).parents[2]
-TEMPLATES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 BLUEPRINT = "Safe KSampler"
+FOR_CHECKPOINTS = [*(f"Protect {what} with its HGR" for what in ("a checkpoint", "SDXL", "Flux")), "Protect any checkpoint"]
 LONGEST_PICTURE = 200_000  # bytes
 # What a demo model's outputs can stand in for: the loaders' class and their output.
 DEMO = {"CheckpointLoaderSimple": (0, 1, 2), "UNETLoader": (0,), "DualCLIPLoader": (1,), "VAELoader": (2,)}
-FILES = {"CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader", "SafeCFG_LoadHGR"}
-
-
-def read(name: str, folder: str = "workflows") -> dict:
-    return json.loads((ROOT / folder / f"{name}.json").read_text(encoding="utf-8"))
+FILES = {"CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader"}
 
 
 def picture(server, entry: dict, node: str) -> list[np.ndarray]:
@@ -35,7 +32,7 @@ def titled(workflow: dict, kind: str) -> dict[str, str]:
 def test_the_template_browser_has_them_all(server):
     assert sorted(server.get("/workflow_templates")["safecfg"]) == TEMPLATES
     for name in TEMPLATES:
-        file = ROOT / "workflows" / f"{name}.jpg"
+        file = FOLDER / f"{name}.jpg"
         assert file.stat().st_size < LONGEST_PICTURE and Image.open(file).format == "JPEG"
 
 
@@ -50,31 +47,25 @@ def test_every_node_exists_and_every_link_fits(server, name):
         assert info[nodes[source]["type"]]["output"][output] == kind and nodes[target]["inputs"][slot]["type"] in (kind, "*")
 
 
-@pytest.mark.parametrize("name", ["safe_checkpoint", "safe_sdxl", "safe_flux"])
+@pytest.mark.parametrize("name", FOR_CHECKPOINTS)
 def test_only_the_files_are_missing(server, prompt_error, name):
     """The server's own validation finds nothing wrong with a template for a real checkpoint but the files that it names."""
     prompt = to_prompt(read(name), server.object_info())
     with pytest.raises(prompt_error) as caught:
         server.post_prompt(prompt)
     wrong = caught.value.details["node_errors"]
-    assert {prompt[node]["class_type"] for node in wrong} <= FILES
-    kinds = {error["type"] for node in wrong.values() for error in node["errors"]}
-    assert kinds == {"value_not_in_list", "custom_validation_failed"}  # the latter: SafeCFG Load HGR says what there is
+    assert {prompt[node]["class_type"] for node in wrong} <= FILES  # none of ours
+    assert {error["type"] for node in wrong.values() for error in node["errors"]} == {"value_not_in_list"}
 
 
-@pytest.mark.parametrize("name", ["safe_checkpoint", "safe_sdxl", "safe_flux"])
+@pytest.mark.parametrize("name", FOR_CHECKPOINTS)
 def test_templates_for_checkpoints_redirect(server, name):
     """With the demo model instead of the checkpoint; at strength 0 the same graph draws the knife."""
-    prompt = to_prompt(read(name), server.object_info())
-    for node in prompt.values():
-        node["inputs"] = {key: _demo_output(prompt, value) for key, value in node["inputs"].items()}
-    loaders = [key for key, node in prompt.items() if node["class_type"] in DEMO]
-    for key in loaders:
-        del prompt[key]
-    prompt["demo"] = {"class_type": "SafeCFG_DemoModel", "inputs": {}}
+    prompt = on_the_demo(server, name)
     of = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    of["SafeCFG_LoadHGR"]["hgr_name"] = "demo.safetensors"
-    of["SafeCFG_Apply"]["strict"] = True  # whatever could not be redirected stops the run
+    of.get("SafeCFG_LoadHGR", {})["hgr_name"] = "demo.safetensors"  # SafeCFG Protect finds it by itself
+    safe = of.get("SafeCFG_Apply") or of["SafeCFG_Protect"]
+    safe["strict"] = True  # whatever could not be redirected stops the run
     (latent,) = [inputs for kind, inputs in of.items() if kind.startswith("Empty")]
     latent |= {"width": 128, "height": 128}
     (steps,) = [inputs for inputs in of.values() if "steps" in inputs]
@@ -84,12 +75,50 @@ def test_templates_for_checkpoints_redirect(server, name):
     (save,) = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
 
     def draw(words: str, strength: float) -> np.ndarray:
-        text["text"], of["SafeCFG_Apply"]["strength"] = words, strength
+        text["text"], safe["strength"] = words, strength
         (drawn,) = picture(server, server.post_prompt(prompt), save)
         return drawn
 
     assert not np.array_equal(draw("a knife and an apple", 1.0), draw("a knife and an apple", 0.0))
     assert np.array_equal(draw("a frog and a strawberry", 1.0), draw("a frog and a strawberry", 0.0))
+
+
+def on_the_demo(server, name: str) -> dict:
+    """A template for a checkpoint with the demo model in its place."""
+    prompt = to_prompt(read(name), server.object_info())
+    for node in prompt.values():
+        node["inputs"] = {key: _demo_output(prompt, value) for key, value in node["inputs"].items()}
+    for key in [key for key, node in prompt.items() if node["class_type"] in DEMO]:
+        del prompt[key]
+    return {**prompt, "demo": {"class_type": "SafeCFG_DemoModel", "inputs": {}}}
+
+
+@pytest.mark.parametrize("name", [name for name in FOR_CHECKPOINTS if "HGR" in name])
+def test_without_an_hgr_apply_says_on_the_node_what_to_do(server, prompt_error, name):
+    prompt = on_the_demo(server, name)
+    (apply,) = (key for key, node in prompt.items() if node["class_type"] == "SafeCFG_Apply")
+    with pytest.raises(prompt_error) as caught:
+        server.post_prompt(prompt)
+    said = caught.value.details
+    assert said["node_id"] == apply
+    for words in ("no HGR for this model yet", "03 Make an HGR for your checkpoint", "02 Protect any checkpoint"):
+        assert words in said["exception_message"]
+
+
+def test_any_checkpoint_is_guarded_without_an_hgr(server):
+    """With the demo model as the checkpoint and its harm as the concept: the picture changes, and every file there is core's."""
+    prompt = on_the_demo(server, "Guard by words alone")
+    of = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert "SafeCFG_LoadHGR" not in of and of["SafeCFG_ConceptGuidance"]["strict"] is True
+    of["EmptyLatentImage"] |= {"width": 128, "height": 128}
+    of["KSampler"]["steps"] = 6
+    (text,) = (n["inputs"] for n in prompt.values() if n["class_type"] == "CLIPTextEncode" and n["inputs"]["text"])
+    text["text"], of["SafeCFG_ConceptGuidance"]["concepts"] = "a knife and an apple", "weapons: a knife"
+    (save,) = (key for key, node in prompt.items() if node["class_type"] == "SaveImage")
+    (guarded,) = picture(server, server.post_prompt(prompt), save)
+    of["SafeCFG_ConceptGuidance"] |= {"preset": "custom", "safety_scale": 0.0}
+    (plain,) = picture(server, server.post_prompt(prompt), save)
+    assert not np.array_equal(guarded, plain)
 
 
 def _demo_output(prompt: dict, value):
@@ -100,7 +129,7 @@ def _demo_output(prompt: dict, value):
 
 
 def test_only_safecfg_leaves_the_clean_picture_alone(server):
-    workflow = read("compare_guards")
+    workflow = read("Compare with other guards")
     prompt, previews = to_prompt(workflow, server.object_info()), titled(workflow, "PreviewImage")
     samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler"]
     assert len(samplers) == 4 and len({(s["seed"], s["steps"], s["cfg"]) for s in samplers}) == 1

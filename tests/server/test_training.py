@@ -1,6 +1,5 @@
 """The training templates in the real server, with a few steps: the result lies in models/hgr, and a cancelled training goes on."""
 
-import json
 import threading
 import time
 import urllib.request
@@ -9,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from hgr_models import load_hgr
+from templates import read
 from workflow_format import to_prompt
 
-WORKFLOWS = Path(__file__).parents[2] / "workflows"
 FEW = {
     "harmful_runs": 6, "clean_runs": 4, "calibration_runs": 4, "run_steps": 2, "batch": 4, "condition_steps": 4, "guidance_steps": 4,
+    "prompt_steps": 4,
     "size": "small",
 }  # fmt: skip
 
 
 def prompt_of(server, template, **changes):
     """A template as the front end sends it, with few runs and steps."""
-    workflow = json.loads((WORKFLOWS / f"{template}.json").read_text(encoding="utf-8"))
+    workflow = read(template)
     prompt = to_prompt(workflow, server.object_info())
     for node in prompt.values():
         if node["class_type"] in ("SafeCFG_TrainHGR", "SafeCFG_RecordGuidance", "SafeCFG_CheckHGR"):
@@ -34,9 +34,9 @@ def node_of(prompt, kind):
     return next(key for key, node in prompt.items() if node["class_type"] == kind)
 
 
-@pytest.mark.parametrize("networks", ["condition", "both"])
+@pytest.mark.parametrize("networks", ["prompts", "both"])
 def test_the_template_trains_checks_and_draws(server, networks):
-    prompt = prompt_of(server, "train_hgr", train=networks, name=f"test_{networks}")
+    prompt = prompt_of(server, "Train an HGR on the demo", train=networks, name=f"test_{networks}")
     entry = server.post_prompt(prompt)
     hgr = load_hgr(Path(server.base) / "models" / "hgr" / f"test_{networks}.safetensors")
     assert hgr.info.categories == ("weapons", "drugs", "death") and (hgr.guidance is not None) == (networks == "both")
@@ -49,13 +49,13 @@ def test_the_template_trains_checks_and_draws(server, networks):
 
 
 def test_recorded_in_one_node_trained_in_the_next(server):
-    server.post_prompt(prompt_of(server, "record_guidance"))
+    server.post_prompt(prompt_of(server, "Record now, train later"))
     hgr = load_hgr(Path(server.base) / "models" / "hgr" / "my_recording.safetensors")
     assert hgr.condition is None and hgr.guidance is not None
 
 
 def test_cancel_in_the_front_end_keeps_what_there_is(server, prompt_error):
-    prompt = prompt_of(server, "train_hgr", train="condition", name="cancelled", condition_steps=100_000)
+    prompt = prompt_of(server, "Train an HGR on the demo", train="condition", name="cancelled", condition_steps=100_000)
 
     def cancel():
         while "cancelled: condition redirector: step" not in server.log():
@@ -70,5 +70,5 @@ def test_cancel_in_the_front_end_keeps_what_there_is(server, prompt_error):
 
 
 def test_the_checkpoint_template_names_known_nodes_and_widgets(server):
-    prompt = prompt_of(server, "train_hgr_checkpoint")
-    assert prompt[node_of(prompt, "SafeCFG_TrainHGR")]["inputs"]["sizes"] == "512x512, 448x576, 576x448"
+    prompt = prompt_of(server, "Make an HGR for your checkpoint")
+    assert prompt[node_of(prompt, "SafeCFG_TrainHGR")]["inputs"]["sizes"] == "auto"
