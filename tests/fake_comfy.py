@@ -1,4 +1,4 @@
-"""A stand-in for a running ComfyUI and for a classifier: what `benchmarks.i2p` asks them, answered at once."""
+"""A stand-in for a running ComfyUI and for a classifier: what `hgr_models.evaluate` asks them, answered at once."""
 
 import http.server
 import io

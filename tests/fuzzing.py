@@ -4,9 +4,11 @@ A case that fails names itself: the seed and the number in its message make it a
 """
 
 import json
+import os
 import random
 import signal
 import struct
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -16,8 +18,10 @@ from hgr_models import HGRError
 # How many cases each test tries; the seed is the place.
 CASES = {
     "damaged checkpoint": 1500, "metadata": 1000, "tensors": 800, "sizes": 600, "damaged shard": 1200, "columns": 1200, "texts": 4000,
-    "prompt files": 1500,
+    "prompt files": 1500, "facts": 900, "states": 500, "LoRAs": 900, "samples": 600, "indexes": 800, "cards": 800,
 }  # fmt: skip
+TIMES = float(os.environ.get("FUZZ_TIMES", "1"))  # `FUZZ_TIMES=2` tries twice as many
+CASES = {kind: round(TIMES * count) for kind, count in CASES.items()}
 SECONDS = 5  # for one case
 MEGABYTES = 256  # that all cases of a test may add to the process
 ODD = [
@@ -65,10 +69,15 @@ def attempt(name: str, use) -> bool:
 
 def fuzz(kind: str, make) -> int:
     """Runs `make(rng)`, which makes an input and returns what uses it, for every case of a kind; how many were accepted."""
-    before, accepted, seed = peak_megabytes(), 0, list(CASES).index(kind) + 1
+    before, accepted, seed, slowest = peak_megabytes(), 0, list(CASES).index(kind) + 1, 0.0
     for case in range(CASES[kind]):
-        accepted += attempt(f"seed {seed}, case {case}", make(random.Random(f"{seed} {case}")))
-    assert peak_megabytes() - before < MEGABYTES
+        use, start = make(random.Random(f"{seed} {case}")), time.monotonic()
+        accepted += attempt(f"seed {seed}, case {case}", use)
+        slowest = max(slowest, time.monotonic() - start)
+    added = peak_megabytes() - before
+    if TIMES > 1:
+        print(f"{kind}: {CASES[kind]} tried, {accepted} usable, slowest {slowest:.2f} s, {added:.0f} MiB more at the peak")
+    assert added < MEGABYTES
     return accepted
 
 

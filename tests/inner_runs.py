@@ -24,6 +24,7 @@ class InnerRun:
         self.report, self.log_file = folder / "report.xml", folder / "log.txt"
         command = [str(host.python), "-m", "pytest", "-c", str(INNER / "pytest.ini"), f"--junitxml={self.report}"]
         environment = {**os.environ, "COMFYUI_PATH": str(host.path), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.setdefault("OMP_NUM_THREADS", "1")  # others run beside it
         with self.log_file.open("w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 [*command, *(str(INNER / name) for name in files)],

@@ -17,12 +17,14 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+import templates
 from comfy_hosts import find_hosts
 from comfy_server import Server
 from front_end import ARGUMENTS, NO_BROWSER, find_chromium, open_front_end
+from templates import path_of
 
 ROOT = Path(__file__).parents[1]
-TEMPLATES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
+TEMPLATES = {name: path_of(name) for name in templates.TEMPLATES}
 IMAGES = ROOT / "web" / "docs" / "images"
 WIDTH, LARGEST, MARGIN = 1730, 195_000, 24  # pixels, bytes, pixels around a graph
 QUALITIES = (88, 82, 76, 70, 64, 58, 50)
@@ -35,7 +37,14 @@ LOADERS = {  # where a loader's files lie
     "CheckpointLoaderSimple": "checkpoints", "UNETLoader": "diffusion_models", "DualCLIPLoader": "text_encoders", "VAELoader": "vae",
     "SafeCFG_LoadHGR": "hgr",
 }  # fmt: skip
-FEW = {"harmful_runs": 24, "clean_runs": 16, "calibration_runs": 16, "condition_steps": 60, "guidance_steps": 60}
+FEW = {
+    "harmful_runs": 24,
+    "clean_runs": 16,
+    "calibration_runs": 16,
+    "condition_steps": 60,
+    "guidance_steps": 60,
+    "prompt_steps": 60,
+}
 # The box around all groups and nodes, or around one kind of node, titles included: [x, y, width, height].
 BOX = """kind => {
   const nodes = app.graph._nodes.filter((node) => !kind || node.type === kind);
@@ -53,7 +62,7 @@ LOOK = """([x, y]) => {
   app.canvas.setDirty(true, true);
 }"""
 ADD = """kind => {
-  app.graph.clear();
+  for (const old of [...app.graph._nodes]) app.graph.remove(old); // a new id: values are kept by id
   const node = LiteGraph.createNode(kind);
   node.pos = [100, 100];
   app.graph.add(node);
@@ -130,7 +139,8 @@ def node(page, kind: str) -> None:
 
 
 def main() -> None:
-    nodes = [path.stem for path in sorted(IMAGES.glob("*.jpg"))]
+    pages = [path.stem for path in sorted((ROOT / "web" / "docs").glob("*.md"))]
+    nodes = [name for name in pages if not name.startswith(("SafeCFG_Enforced", "SafeCFG_Refused"))]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*TEMPLATES, *nodes], default=[*TEMPLATES, *nodes], metavar="NAME")
     args = parser.parse_args()

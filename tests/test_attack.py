@@ -8,11 +8,13 @@ from torch.testing import assert_close
 
 from benchmarks import attack, attack_surrogates
 from benchmarks.attack_search import Plan, Recorder, Scene, objective, plan, points_of, recorded, search
-from benchmarks.attack_surrogates import soft_gate, surrogate
+from benchmarks.attack_surrogates import surrogate
 from benchmarks.main_job import redirections
 from benchmarks.safety_peers import peer
 from benchmarks.safety_pictures import Arm
+from demo import attack as defences
 from demo.__main__ import HGR_FILE
+from demo.attack import soft_gate
 from demo.evaluate import Item, safe_prompt
 from demo.pipeline import LATENT_SHAPE, DemoModel
 from demo.safecfg import Redirection, Step, generate
@@ -49,7 +51,7 @@ def scene(model):
 @pytest.mark.parametrize("name", ["plain", NEGATIVE, SLD, CASG, *GATED])
 def test_a_sharp_stand_in_is_the_real_defence(model, arms, scene, name, monkeypatch):
     """With temperatures near 0: the same tokens, the same redirected prediction in every step, with its memory."""
-    monkeypatch.setattr(attack_surrogates, "GATE_TEMPERATURE", 1e-4)
+    monkeypatch.setattr(defences, "GATE_TEMPERATURE", 1e-4)
     monkeypatch.setattr(attack_surrogates, "SLD_TEMPERATURE", 1e-9)
     arm, made = arms[name], []
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import info, small_hgr
 from hgr_models import HGR, HGRError, file_hash, load_hgr, save_hgr
-from hgr_models.checkpoint import KEY
+from hgr_models.checkpoint import KEY, fingerprint
 from hgr_models.condition import ConditionConfig
+from hgr_models.hgr import uncalibrated_info
 
 
 @pytest.fixture
@@ -64,6 +65,47 @@ def test_saving_leaves_nothing_half_written(saved, monkeypatch):
     with pytest.raises(HGRError, match="hgr.safetensors cannot be written .disk full"):
         save_hgr(saved, small_hgr(1))
     assert saved.read_bytes() == before and [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_fingerprints_tell_names_and_values_apart():
+    weights = {"a": torch.ones(3), "b": torch.zeros(3)}
+    swapped = {"a": torch.zeros(3), "b": torch.ones(3)}
+    renamed = {"a": torch.ones(3), "c": torch.zeros(3)}
+    found = [fingerprint(some) for some in (weights, dict(reversed(weights.items())), swapped, renamed)]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+@pytest.mark.parametrize("rows", [((0.5, 0.5),), ((0.5, 0.5), (0.5,)), ((0.5, 0.5),) * 3])
+def test_thresholds_of_every_level_and_category(rows):
+    with pytest.raises(HGRError, match="Expected 2 x 2 guidance thresholds"):
+        info(guidance_thresholds=rows).validate()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"categories": ("a", " ")}, "distinct, non-empty category names"),
+        ({"categories": ("a", "a")}, "distinct, non-empty category names"),
+        ({"concept_prompts": {"weapons": 3}}, "Expected texts"),
+    ],
+)
+def test_names_and_prompts_are_texts(changes, said):
+    with pytest.raises(HGRError, match=said):
+        info(**changes).validate()
+
+
+def test_before_calibration_every_threshold_is_a_half():
+    facts = {**vars(info()), "categories": ["a", "b", "c"], "guidance_levels": [-1.0, 1.0], "unknown": 1}
+    facts = {name: value for name, value in facts.items() if name not in ("condition_thresholds", "guidance_thresholds")}
+    found = uncalibrated_info(facts)
+    assert found.condition_thresholds == (0.5,) * 3 and found.guidance_thresholds == ((0.5,) * 3,) * 3
+    assert found.categories == ("a", "b", "c") and found.guidance_levels == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("levels", [(1.0, 0.0), (0.0, 0.0)])
+def test_noise_levels_that_do_not_ascend_are_refused(levels):
+    with pytest.raises(HGRError, match="ascending guidance levels"):
+        info(guidance_levels=levels, guidance_thresholds=((0.5, 0.5),) * 3).validate()
 
 
 def test_hash_follows_the_content(saved):

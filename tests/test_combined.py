@@ -63,6 +63,18 @@ def test_a_direction_that_both_flag_goes_through_one_after_the_other():
     assert (result - once).abs().max() > 0.01 and (result - cond).abs().max() > 0.01
 
 
+def test_a_direction_that_the_first_and_the_third_flag_goes_through_both():
+    """What lies between them flags nothing: the third still corrects what the first one left."""
+    first, second, third = (small_hgr(seed) for seed in (1, 2, 3))
+    every = CombinedHGR([first, second, third], "abc").eval().requires_grad_(False)
+    cond, uncond, x, sigma = latents()
+    flags = torch.tensor([[1.0, 1.0, 0, 0, 1.0, 1.0]]).expand(4, -1)
+    once = redirect_guidance(first, cond, uncond, x, sigma, settings([1, 1], ALWAYS)).cond_denoised
+    twice = redirect_guidance(third, once, uncond, x, sigma, settings([1, 1], ALWAYS)).cond_denoised
+    result = redirect_guidance(every, cond, uncond, x, sigma, settings([1] * 6, NEVER), flags).cond_denoised
+    assert_close(result, twice, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pooled_width", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prompts_go_through_those_that_flag_them(pooled_width, dtype):
@@ -135,6 +147,9 @@ def test_an_hgr_without_one_network_never_flags_by_it():
     assert not result.harmfulness[:, :2].any() and not result.weights[:, :2].any()
     reading = read_guidance(both.guidance, cond, uncond, x, sigma)[2]
     assert not reading.picture_logits[:, :2].sigmoid().any() and not reading.places[:, :2].sigmoid().any()
+    only_guidance = HGR(first.info, None, first.guidance.config).eval()
+    read = combined(only_guidance, second).condition.harmfulness(texts()[0])
+    assert not read[:, :2].any() and torch.equal(read[:, 2:], second.condition.harmfulness(texts()[0]))
     assert both.condition is not None and combined(only_condition, only_condition).guidance is None
 
 

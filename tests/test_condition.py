@@ -62,6 +62,22 @@ def test_pooled_vectors_are_read_and_redirected():
     )
 
 
+def test_the_pooled_delta_is_its_own_feature_in_pooled_units():
+    """Without layers, the pooled vector's delta hangs on nothing but itself; a head of constants shows its unit."""
+    network = ConditionRedirector(ConditionConfig(16, 2, 4, width=8, depth=0, delta_depth=0, heads=1))
+    tokens, pooled = torch.randn(2, 1, 5, 16), torch.randn(1, 4)
+    torch.nn.init.normal_(network.pooled_out.weight)
+    one, other = (network.delta(some, pooled, W)[1] for some in tokens)
+    assert one.abs().max() > 0.01 and torch.equal(one, other)
+    assert not torch.allclose(network.delta(tokens[0], -pooled, W)[1], one)
+    torch.nn.init.zeros_(network.pooled_out.weight)
+    torch.nn.init.constant_(network.pooled_out.bias, 3.0)
+    network.pooled_scale.copy_(torch.tensor([1.0, 2.0, 0.5, 10.0]))
+    assert network.delta(tokens[0], pooled, W)[1].tolist() == [[3.0, 6.0, 1.5, 30.0]]
+    # A false alarm costs |D|^2 in those units: 3^2 for every channel, and nothing for tokens that stay.
+    assert_close(losses.quiet_loss(network, tokens[0], W, pooled), torch.tensor(9.0))
+
+
 def test_units_make_outlier_channels_ordinary():
     network = small_hgr().condition
     tokens = torch.randn(50, 8, 16)

@@ -4,7 +4,6 @@ import copy
 import gc
 import logging
 import weakref
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,11 +12,12 @@ from torch.testing import assert_close
 from helpers import info
 from hgr_models import HGR, CategorySettings, fused, redirect_guidance, release_packed
 from hgr_models.combined import CombinedHGR
-from hgr_models.guidance import GuidanceConfig, pool
+from hgr_models.guidance import GuidanceConfig
+from hgr_models.layers import pool
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ALL = CategorySettings((1.0, 1.0), -1.0)
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which there is for Linux")
+pytestmark = pytest.mark.skipif(not fused.has_triton(), reason="needs Triton 3.2, which there is for Linux")
 
 
 def make_hgr(seed=0, dimensions=2, width=32, heads=2, channels=4) -> HGR:
@@ -179,20 +179,26 @@ def test_weights_that_are_not_finite_say_nothing_of_the_kernels(monkeypatch, cap
     assert fused.fused_trunk(make_hgr().guidance, x) is not None
 
 
-@pytest.mark.parametrize("wrong", ["error", "numbers"])
+@pytest.mark.parametrize("wrong", ["error", "numbers", "a NaN in the last one"])
 def test_kernels_that_do_not_work_are_not_used(wrong, monkeypatch, caplog):
     """A compiler that is missing, or results that are off: said once, and torch's layers do the work."""
     monkeypatch.setattr(fused, "_works", {})
     monkeypatch.setattr(fused, "CHECKED", ((10, 14),))
-    read = fused.FusedTrunk.read_trunk
+    read, correct = fused.FusedTrunk.read_trunk, fused.FusedTrunk.correct_trunk
 
     def broken(self, *args):
         if wrong == "error":
             raise RuntimeError("Failed to find C compiler")
         features, places = read(self, *args)
-        return features, 1.1 * places
+        return features, (1.1 if wrong == "numbers" else 1.0) * places
+
+    def nan(self, *args):
+        *others, last = correct(self, *args)
+        return [*others, last * float("nan")]
 
     monkeypatch.setattr(fused.FusedTrunk, "read_trunk", broken)
+    if wrong == "a NaN in the last one":
+        monkeypatch.setattr(fused.FusedTrunk, "correct_trunk", nan)
     hgr = make_hgr()
     with caplog.at_level(logging.WARNING):
         found = [redirect(hgr, 1, 4, 16, 16)[0] for _ in range(2)]

@@ -6,10 +6,11 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import small_hgr
-from hgr_models import CategorySettings, guidance, redirect_guidance
-from hgr_models.guidance import averaged_by_axis, chunked_group_norm, pool
+from hgr_models import CategorySettings, layers, redirect_guidance
+from hgr_models.layers import averaged_by_axis, chunked_group_norm, pool
 from hgr_models.losses import guidance_losses
 from hgr_models.recording import Points
+from hgr_models.redirection import read_guidance
 
 ALL = CategorySettings((1.0, 1.0), -1.0)
 
@@ -41,6 +42,16 @@ def test_small_harm_in_a_large_picture_counts_in_full():
     places = torch.full((1, 1, 1, 64, 64), -8.0)
     places[..., 10:12, 20:22] = 6.0
     assert pool(places).item() == pytest.approx(6.0)
+
+
+def test_one_harmful_frame_of_a_video_counts_in_full():
+    places = torch.full((1, 1, 3, 4, 4), -6.0)
+    places[0, 0, 1, :2, :2] = 5.0
+    assert pool(places).tolist() == [[5.0]]
+    network = small_hgr(dimensions=3).guidance
+    x = torch.randn(1, 4, 3, 8, 8)
+    reading = network.read(x, x, x, torch.zeros(1), torch.zeros(1))
+    assert_close(reading.picture_logits, reading.picture_places.flatten(2).topk(4).values.mean(dim=2))
 
 
 def test_cost_is_linear_in_pixels():
@@ -97,14 +108,30 @@ def test_what_is_far_from_the_harm_changes_less():
     assert_close(some[..., 6:, 6:], whole[..., 6:, 6:] / 2, rtol=1e-2, atol=1e-3)  # harm of a category that is not flagged
 
 
-def test_training_teaches_the_whole_change(monkeypatch):
-    hgr, seen = small_hgr(), []
-    correct = hgr.guidance.correct
-    monkeypatch.setattr(hgr.guidance, "correct", lambda *args, **named: seen.append(named) or correct(*args, **named))
-    like = torch.randn(1, 4, 8, 8)
-    points = Points(like, torch.ones(1), torch.ones(1), 0 * like, like, like, torch.zeros(1, 2), torch.arange(1))
-    guidance_losses(hgr.guidance, points, torch.zeros(1, 2), torch.ones(1, 2), like, torch.ones(1))
-    assert seen == [{"elsewhere": 1.0}]
+def test_half_of_the_change_is_left_far_from_the_harm():
+    """By hand: logits of -99 everywhere are far from any harm, and the default leaves 0.5 there."""
+    network = small_hgr().guidance
+    x, one = torch.randn(1, 4, 8, 8), torch.zeros(1)
+    reading, weights = network.read(x, x, x, one, one), torch.ones(1, 2)
+    reading.places = torch.full_like(reading.places, -99.0)
+    (a, r), (whole_a, whole_r) = network.correct(reading, weights), network.correct(reading, weights, elsewhere=1.0)
+    assert r.abs().max() > 0.01
+    assert_close(r, 0.5 * whole_r)
+    assert_close(a, 0.5 * whole_a)
+
+
+def test_training_teaches_the_whole_change():
+    """Far from every harm, too, where a sampler would apply half of it."""
+    network = small_hgr().guidance
+    torch.nn.init.constant_(network.read_head.bias, -99.0)
+    cond, target = torch.randn(2, 1, 4, 8, 8)
+    points = Points(cond, torch.ones(1), torch.ones(1), 0 * cond, cond, cond, torch.zeros(1, 2), torch.arange(1))
+    error = guidance_losses(network, points, torch.zeros(1, 2), torch.ones(1, 2), target, torch.ones(1))[0]
+    direction, n, reading = read_guidance(network, cond, 0 * cond, cond, torch.ones(1))
+    whole, half = (network.correct(reading, torch.ones(1, 2), elsewhere) for elsewhere in (1.0, 0.5))
+    by_hand = [((r - a * direction) - (target - cond) / n).square().mean() for a, r in (whole, half)]
+    assert_close(error[0], by_hand[0])
+    assert abs(by_hand[0] - by_hand[1]) > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 8, 8), (3, 16, 16, 24)])
@@ -116,19 +143,19 @@ def test_group_norm_by_chunks_is_torch_s(shape):
 
 @torch.no_grad()
 def test_large_pictures_are_normalised_by_chunks_unless_the_layer_brings_its_weights(monkeypatch):
-    monkeypatch.setattr(guidance, "ONE_BLOCK", ("cpu",))
-    monkeypatch.setattr(guidance, "LARGE", 16 * 16 * 16)
+    monkeypatch.setattr(layers, "ONE_BLOCK", ("cpu",))
+    monkeypatch.setattr(layers, "LARGE", 16 * 16 * 16)
     chunked = []
-    monkeypatch.setattr(guidance, "chunked_group_norm", lambda x, *rest: chunked.append(x.shape) or chunked_group_norm(x, *rest))
+    monkeypatch.setattr(layers, "chunked_group_norm", lambda x, *rest: chunked.append(x.shape) or chunked_group_norm(x, *rest))
     norm, large, small = torch.nn.GroupNorm(8, 16), torch.randn(1, 16, 16, 16), torch.randn(1, 16, 8, 8)
     norm.weight_function = []  # as ComfyUI's layers have it
     for x in (large, small):
-        assert_close(guidance._normed(norm, x), norm(x), rtol=1e-5, atol=1e-5)
+        assert_close(layers.normed(norm, x), norm(x), rtol=1e-5, atol=1e-5)
     assert chunked == [large.shape]
     with torch.enable_grad():
-        guidance._normed(norm, large)
+        layers.normed(norm, large)
     for name, value in (("_v", (1, 2, 3)), ("weight_function", [abs]), ("bias_function", [abs])):
         layer = torch.nn.GroupNorm(8, 16)
         setattr(layer, name, value)
-        assert_close(guidance._normed(layer, large), norm(large))
+        assert_close(layers.normed(layer, large), norm(large))
     assert len(chunked) == 1

@@ -1,5 +1,7 @@
 """The equations: gates and redirections, against hand-computed numbers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -147,7 +149,12 @@ def test_without_a_direction_there_is_nothing_to_redirect():
 
 def test_thresholds_follow_the_noise_level():
     hgr = small_hgr()  # 0.5 where -2 ln sigma <= 0, 0.6 above
-    assert_close(hgr.guidance_thresholds_at(torch.tensor([2.0, 0.5])), torch.tensor([[0.5, 0.5], [0.6, 0.6]]))
+    sigmas = torch.tensor([2.0, 1.0, 0.5])  # sigma 1 is the level itself: the noisier side's row
+    wanted = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.6, 0.6]])
+    assert torch.equal(hgr.guidance_thresholds_at(sigmas), wanted)
+    assert torch.equal(hgr.info.limits(log_snr_of(sigmas)), wanted)
+    assert_close(hgr.info.limits(log_snr_of(sigmas), 0.45), torch.tensor([[0.95, 0.95], [0.95, 0.95], [1.0, 1.0]]))
+    assert torch.equal(hgr.info.limits(), hgr.condition_thresholds) and hgr.info.limits(offset=-1.0).tolist() == [0.0, 0.0]
 
 
 def test_guidance_units():
@@ -157,6 +164,37 @@ def test_guidance_units():
     assert_close(n, torch.tensor([2.0]))
     assert guidance_units(cond, cond)[1].item() == pytest.approx(RMS_FLOOR)
     assert torch.isfinite(log_snr_of(torch.zeros(1))).all()
+
+
+class FixedText:
+    """A condition redirector in closed form: known harmfulness, deltas of w_0 + 10 w_1 (tokens) and twice that (pooled)."""
+
+    def __init__(self, harmfulness, pooled=True):
+        self.found, self.pooled = torch.tensor(harmfulness), pooled
+
+    def harmfulness(self, tokens, pooled, mask):
+        return self.found
+
+    def delta(self, tokens, pooled, weights, mask):
+        change = weights @ torch.tensor([1.0, 10.0])
+        d_pooled = 2 * change.view(-1, 1).expand_as(pooled)
+        return change.view(-1, 1, 1).expand_as(tokens), d_pooled if self.pooled else None
+
+
+@pytest.mark.parametrize("reads_pooled", [True, False])
+def test_one_flagged_category_redirects_the_prompt(reads_pooled):
+    """By hand: thresholds of 0.5; the first prompt has one harm of two, the second none, the third both, at strengths 1 and 0.5."""
+    hgr = SimpleNamespace(condition_thresholds=torch.tensor([0.5, 0.5]))
+    hgr.condition = FixedText([[0.2, 0.9], [0.5, 0.1], [0.6, 0.7]], reads_pooled)
+    tokens, pooled = torch.zeros(3, 2, 4), torch.ones(3, 5)
+    result = redirect_condition(hgr, tokens, pooled, CategorySettings((1.0, 0.5)))
+    assert result.weights.tolist() == [[0.0, 0.5], [0.0, 0.0], [1.0, 0.5]]
+    assert result.tokens[:, 0, 0].tolist() == [5.0, 0.0, 6.0]
+    assert result.pooled[:, 0].tolist() == ([11.0, 1.0, 13.0] if reads_pooled else [1.0, 1.0, 1.0])
+
+
+def test_log_snr_has_a_floor():
+    assert_close(log_snr_of(torch.tensor([0.0, 1e-4, 1.0])), torch.tensor([18.42068, 18.42068, 0.0]))
 
 
 def test_parse_categories():
