@@ -64,7 +64,7 @@ def test_the_command_stopped_and_started_again(server, tmp_path, capsys):
     client = Client(server.url)
     (running,) = client._get("/queue")["queue_running"]
     client.stop(running[1])
-    assert process.wait(120) != 0  # the run was interrupted
+    assert process.wait(600) != 0  # the run was interrupted
     before = records.read_bytes()
     assert 4 <= len(before.splitlines()) < 17
     evaluate.main([*line, "--name", "halves"])

@@ -11,6 +11,7 @@ from templates import TEMPLATES, read
 
 SCREENS = {"1600x900": 6.8, "1920x1080": 8.2}  # the smallest text that may be drawn, in pixels
 MOST_WIDGETS = 12  # in sight on a node
+TRIES = 5  # a page on a busy machine draws its frames late
 METERS = {"SafeCFG_Apply", "SafeCFG_Protect"}
 CATEGORIES = ["nudity", "violence", "weapons", "drugs", "death", "hate", "self-harm"]
 BADGES = ("safecfg", "[BETA] safecfg")
@@ -119,12 +120,21 @@ def test_a_template_can_be_read_as_it_opens(page, name):
     assert not [each for each in page.evaluate(WIDGETS) if each[2] > MOST_WIDGETS], "too many widgets in sight"
     for screen, least in SCREENS.items():
         show(page, screen)
-        drawn, elements = page.evaluate(RECORD), page.evaluate(DOM_TEXTS)
-        texts = [text for _, text in [*drawn, *elements]]
-        missing = [title for title, *_ in page.evaluate(BOXES) if not any(title in text for text in texts)]
-        assert not missing, f"not drawn at all on {screen}: {missing}"
-        smallest = sorted(t for t in [*drawn, *elements] if t[1] not in BADGES)[:4]
-        assert smallest[0][0] >= least, f"{screen}: {smallest}"
+        for _ in range(TRIES):
+            if not (wrong := unreadable(page, least)):
+                break
+        assert not wrong, f"{screen}: {wrong}"
+
+
+def unreadable(page, least: float) -> str:
+    """What the page does not draw now, or draws smaller than `least` pixels."""
+    drawn, elements = page.evaluate(RECORD), page.evaluate(DOM_TEXTS)
+    texts = [text for _, text in [*drawn, *elements]]
+    missing = [title for title, *_ in page.evaluate(BOXES) if not any(title in text for text in texts)]
+    if missing:
+        return f"not drawn at all: {missing}"
+    smallest = sorted(t for t in [*drawn, *elements] if t[1] not in BADGES)[:4]
+    return f"too small: {smallest}" if smallest[0][0] < least else ""
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if {n["type"] for n in read(name)["nodes"]} & METERS])

@@ -64,7 +64,7 @@ def test_cancel_in_the_front_end_keeps_what_there_is(server, prompt_error):
 
     threading.Thread(target=cancel, daemon=True).start()
     with pytest.raises(prompt_error):
-        server.post_prompt(prompt, seconds=120)
+        server.post_prompt(prompt)
     folder = Path(server.base) / "output" / "safecfg" / "recordings" / "cancelled"
     assert (folder / "training.state").exists() and not (Path(server.base) / "models" / "hgr" / "cancelled.safetensors").exists()
 
