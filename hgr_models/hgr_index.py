@@ -17,10 +17,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from re import compile as pattern
 from typing import Any
 
+from .architectures import ARCHITECTURES
 from .checkpoint import file_hash, read_info
 from .encoders import RELATED, EncoderPrint, distance_between
 from .errors import HGRError
@@ -91,7 +93,15 @@ def write_index(path: str | os.PathLike, entries: list[KnownHGR]) -> None:
 
 
 def entry_of(hgr_file: str | os.PathLike, url: str = "", architectures: tuple[str, ...] = (), licence: str = "") -> KnownHGR:
-    """The entry of an HGR's file; its own architecture is among those that it is for. Raises HGRError for what no index may hold."""
+    """The entry of an HGR's file; its own architecture is among those that it is for.
+
+    Raises HGRError for what no index may hold, and for an architecture that is none of ARCHITECTURES: no model would ever ask for it.
+    """
+    for name in architectures:
+        if name not in ARCHITECTURES:
+            raise HGRError(
+                f"Expected an architecture as SafeCFG names it, but got {name!r}. {_nearest(name)}There are: {'; '.join(ARCHITECTURES)}."
+            )
     info, networks = read_info(hgr_file)
     names = tuple(dict.fromkeys([*filter(None, [info.architecture]), *architectures]))
     known = KnownHGR(
@@ -99,6 +109,13 @@ def entry_of(hgr_file: str | os.PathLike, url: str = "", architectures: tuple[st
         info.categories, networks, licence,
     )  # fmt: skip
     return _entry(known.as_dict(), f"the entry of {hgr_file}")
+
+
+def _nearest(name: str) -> str:
+    """A question that names the architecture which somebody may have meant; "" where none is near."""
+    by_lower = {known.lower(): known for known in ARCHITECTURES}
+    found = get_close_matches(name.lower(), by_lower, n=1)
+    return f"Did you mean {by_lower[found[0]]!r}? " if found else ""
 
 
 def with_entry(entries: list[KnownHGR], new: KnownHGR) -> list[KnownHGR]:
@@ -162,7 +179,12 @@ def main(line: list[str] | None = None) -> None:
     parser.add_argument("--index", type=Path, help=f"default: {NAME} beside the file; it is made where there is none")
     parser.add_argument("--url", default="", help="where people get the file")
     parser.add_argument(
-        "--for", dest="names", action="append", default=[], metavar="ARCHITECTURE", help="such as SDXL; repeat it"
+        "--for",
+        dest="names",
+        action="append",
+        default=[],
+        metavar="ARCHITECTURE",
+        help="such as SDXL, as the first column of docs/MODELS.md names it; repeat it",
     )
     parser.add_argument("--licence", default="", metavar="NAME")
     args = parser.parse_args(line)

@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from helpers import info, small_hgr
 from hgr_models import HGRError, file_hash, save_hgr
+from hgr_models.architectures import ARCHITECTURES
 from hgr_models.encoders import EncoderPrint
 from hgr_models.hgr_index import KnownHGR, entry_of, fitting, main, read_index, with_entry, write_index
 
+ROOT = Path(__file__).parents[1]
 ENCODER = EncoderPrint(("l",), 16, 0, 0, (1.0, -2.0, 3.0))
 KNOWN = KnownHGR(
     "a.safetensors", "0" * 64, "https://example.org/a", ("SDXL",), ("base",), ENCODER, ("drugs",), ("condition",), "mit"
@@ -44,6 +47,23 @@ def test_the_command_adds_an_entry_once(hgr_file, capsys):
         main([str(hgr_file), "--url", "ftp://example.org"])
     with pytest.raises(SystemExit, match="error: There is no HGR file"):
         main(["nowhere.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("sdxl", "but got 'sdxl'. Did you mean 'SDXL'?"), ("flux1", "Did you mean 'Flux.1'?"), ("", "but got ''. There are: ")],
+)
+def test_an_architecture_that_nobody_asks_for_is_refused(hgr_file, name, message):
+    with pytest.raises(SystemExit) as error:
+        main([str(hgr_file), "--for", "SDXL", "--for", name])
+    assert message in str(error.value) and all(known in str(error.value) for known in ("SD1.5", "SDXL", "Wan 2.1 / 2.2 14B"))
+    assert not hgr_file.with_name("index.json").exists()
+
+
+def test_the_architectures_are_those_of_the_docs():
+    rows = (ROOT / "docs/MODELS.md").read_text(encoding="utf-8").splitlines()
+    first = {row.split("|")[1].strip() for row in rows if row.startswith("| ")} - {"model"}
+    assert set(ARCHITECTURES) == first
 
 
 def test_which_entry_fits():

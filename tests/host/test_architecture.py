@@ -1,12 +1,14 @@
 """Models have the names that people give them; an HGR of one is not taken for another; what has no prompt is refused at once."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import pytest
 from safecfg import hgr_models
+from safecfg.hgr_models.architectures import ARCHITECTURES
 from safecfg.nodes.host.architecture import NAMES, architecture_of
 from safecfg.nodes.host.families import check_family
 from safecfg.nodes.training.plan import recording_folder
@@ -15,7 +17,7 @@ from fakes import CPU, make_hgr
 from test_training import folders, train  # noqa: F401 (folders is a fixture)
 from zoo_models import Encoder, build, info_of
 from zoo_pictures import PICTURES
-from zoo_videos import REFUSED, VIDEOS
+from zoo_videos import NOT_DIFFUSION, REFUSED, VIDEOS
 
 ZOO = {variant.name: variant for variant in (*PICTURES, *VIDEOS)}
 MESSAGES = {"sound": "makes sound", "shapes": "makes 3-D shapes"}
@@ -48,9 +50,12 @@ def test_models_have_the_names_that_people_give_them(name, called):
     assert architecture_of(bare(name)) == called
 
 
-def test_every_name_is_a_class_of_some_host_s():
-    classes = {core.__name__ for core in comfy.supported_models.models}
+def test_core_s_models_have_a_name_that_an_index_of_hgrs_knows():
+    """Or are refused: `python -m hgr_models.hgr_index --for` takes these names alone."""
+    classes = {core.__name__ for core in comfy.supported_models.models} - NOT_DIFFUSION
     assert len(classes & NAMES.keys()) > 30
+    named = {name: SimpleNamespace(model=SimpleNamespace(model_config=type(name, (), {})())) for name in classes}
+    assert {name for name, model in named.items() if architecture_of(model) not in ARCHITECTURES} <= REFUSED.keys()
 
 
 @pytest.mark.skipif(not hasattr(comfy.supported_models, "Chroma"), reason="not in this host")
