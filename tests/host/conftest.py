@@ -45,6 +45,7 @@ _load_pack()
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 
+from evaluating import demo, place  # noqa: E402, F401 (fixtures of test_evaluate*.py)
 from tiny import make_tiny_model, tiny_conditioning  # noqa: E402
 
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import torch
 from safecfg.nodes.evaluate.evaluate import Evaluate
 from safecfg.nodes.evaluate.judges import FOLDER, register_folder
 
+from evaluating import WIDGETS
 from fake_vae import Vae
 from fakes import make_hgr
-from test_evaluate import WIDGETS
 from test_evaluate_judges import vit
 from zoo_models import Encoder, build, info_of
 from zoo_pictures import PICTURES
