@@ -18,7 +18,7 @@ from ..host.hooks import KEY
 from ..host.schema import make_schema
 from ..host.server import show_text
 from ..training import cards
-from . import distances, file_judges, own_judges, protocol, table
+from . import distances, file_judges, inception, own_judges, protocol, table
 from .arms import SAFE, parse_arms, said_of
 from .draw import make_setup
 from .features import text_tower, why_no_score
@@ -26,7 +26,7 @@ from .figures import clean_rows, harm_rows, seconds, share
 from .inputs import evaluate_inputs
 from .judges import Context, judge_folders, open_judges
 from .keeping import contact_sheet, pictures_in
-from .lists import PromptList, spread
+from .lists import CLEAN, PromptList, spread
 from .outside_judges import add_outside
 from .prompts import Prompts
 from .session import Session, alarms_on
@@ -101,36 +101,21 @@ def begin(model, clip, vae, values: dict) -> tuple[Session, dict]:
     )
     text_clip = values.get("score_clip") or clip
     tower = text_tower(text_clip, vision_width(clip_vision)) if clip_vision is not None else None
+    clean = any(each.kind == CLEAN for each in lists)
+    fid = inception.entry(context)
+    embed, fid_version = fid.open() if clean and not fid.missing else (None, "")
     drawn = {**setup.facts(), **prompts.facts()}
     about = {"model": model_facts(model), "hgr": hgr_facts(model, hgr), "settings": {**drawn, "images": images, "seed": seed}}
-    facts: dict = {
-        "model": about["model"],
-        "settings": drawn,
-        "judges": [[j.name, j.version, list(j.labels)] for j in judges],
-    }
-    facts |= {"clip_vision": vision_width(clip_vision), "clip_score": tower is not None}
-    store = Store(folder, facts, values["resume"])
+    facts = {
+        "model": about["model"], "settings": drawn, "judges": [[j.name, j.version, list(j.labels)] for j in judges],
+        "clip_vision": vision_width(clip_vision), "clip_score": tower is not None, **({"fid": fid_version} if embed else {}),
+    }  # fmt: skip
     session = Session(
-        context,
-        setup,
-        prompts,
-        lists,
-        arms,
-        judges,
-        images,
-        seed,
-        values["keep_pictures"],
-        folder,
-        store,
-        speaker(),
-        text_clip,
-        tower,
-    )
-    notes += said_of(arms)
-    scores = why_no_score(clip_vision, tower)
-    notes += [scores] if scores else []
-    notes += [distances.NO_FID] if any(each.kind == "clean" for each in lists) else []
-    return session, {**about, "protocol": chosen, "notes": notes}
+        context, setup, prompts, lists, arms, judges, images, seed, keep=values["keep_pictures"], folder=folder,
+        store=Store(folder, facts, values["resume"]), say=speaker(), score_clip=text_clip, tower=tower, inception=embed,
+    )  # fmt: skip
+    lacking = [why_no_score(clip_vision, tower), inception.why_not(fid) if clean else ""]
+    return session, {**about, "protocol": chosen, "notes": [*notes, *said_of(arms), *filter(None, lacking)]}
 
 
 def results_of(session: Session, name: str, about: dict, found: dict, calibration: list) -> dict:
@@ -144,14 +129,14 @@ def results_of(session: Session, name: str, about: dict, found: dict, calibratio
         for each in session.lists
     ]
     clean = clean_rows(session.lists, arms, found, distances.of_records)
-    few = distances.few(clean, vision_width(session.context.clip_vision))
+    few = distances.few(clean, {"FD-CLIP": vision_width(session.context.clip_vision), "FID": inception.WIDTH})
     published = [f for f in chosen.published if f["list"] in {each.name for each in session.lists}]
     return {
         "format": FORMAT, "version": VERSION, "name": name, "model": about["model"], "hgr": about["hgr"], "settings": about["settings"],
         "protocol": {"name": chosen.name, "title": chosen.title, "judged": chosen.judged, "published": published}, "lists": lists,
         "judges": judges, "arms": [{"name": arm.name, "about": arm.about, "negative": arm.negative} for arm in session.arms],
         "rows": harm_rows(session.lists, arms, judges, found),
-        "clean": clean, "calibration": calibration, "seconds": seconds(arms, found), "notes": [*notes, *filter(None, [few])],
+        "clean": clean, "calibration": calibration, "seconds": seconds(arms, found), "notes": [*notes, *few],
     }  # fmt: skip
 
 

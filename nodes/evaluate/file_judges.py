@@ -139,7 +139,7 @@ def entries(context: Context) -> list[Entry]:
     return known
 
 
-def _place(name: str, context: Context, files: tuple[str, ...]) -> tuple[Path, list[str]]:
+def place_of(name: str, context: Context, files: tuple[str, ...]) -> tuple[Path, list[str]]:
     """The folder of a judge, and which of its files it lacks."""
     places = [root / name for root in context.folders] or [Path(FOLDER) / name]
     lacking = [[file for file in files if not (place / file).is_file()] for place in places]
@@ -147,7 +147,7 @@ def _place(name: str, context: Context, files: tuple[str, ...]) -> tuple[Path, l
     return places[best], lacking[best]
 
 
-def _needs(name: str, lacking: list[str], source: str, licence: str, package: str = "") -> str:
+def lacks_of(name: str, lacking: list[str], source: str, licence: str, package: str = "") -> str:
     """What a judge lacks, in words: its files with their source, licence and folder, and a package; "" where nothing."""
     needs = [f"put {', '.join(lacking)} from {source} ({licence}) into models/{FOLDER}/{name}"] if lacking else []
     if package and importlib.util.find_spec(package) is None:
@@ -167,26 +167,28 @@ def _open_nsfw_entry() -> Entry:
 def _classifier_entry(name: str, context: Context) -> Entry:
     source, licence, _ = DETECTORS.get(name, (name, "", ""))
     files = (CONFIG, WEIGHTS) if name == MARQO else (CONFIG, WEIGHTS, PROCESSOR)
-    place, lacking = _place(name, context, files)
+    place, lacking = place_of(name, context, files)
     if lacking == [PROCESSOR] and is_timm(place):
         lacking = []  # another one of timm's
     timm = name == MARQO or is_timm(place)
     package = TIMM if timm else "transformers"
-    return Entry(name, _needs(name, lacking, source, licence, package), lambda: (timm_classifier if timm else classifier)(place))
+    return Entry(
+        name, lacks_of(name, lacking, source, licence, package), lambda: (timm_classifier if timm else classifier)(place)
+    )
 
 
 def _checker_entry(context: Context) -> Entry:
-    place, lacking = _place(CHECKER, context, (CONFIG, WEIGHTS, PROCESSOR))
+    place, lacking = place_of(CHECKER, context, (CONFIG, WEIGHTS, PROCESSOR))
     # Its authors publish a pickle; the same weights as safetensors are a proposal beside it.
     source = "huggingface.co/CompVis/stable-diffusion-safety-checker (model.safetensors: refs/pr/39)"
-    lacks = _needs(CHECKER, lacking, source, NO_LICENCE, "transformers")
+    lacks = lacks_of(CHECKER, lacking, source, NO_LICENCE, "transformers")
     return Entry(CHECKER, lacks, lambda: checker(place))
 
 
 def _q16_entry(context: Context) -> Entry:
-    place, lacking = _place(Q16, context, (Q16_FILE,))
+    place, lacking = place_of(Q16, context, (Q16_FILE,))
     source = "Q16's prompts.p for CLIP ViT-L/14, converted as the help page says, from github.com/ml-research/Q16"
-    lacks = _needs(Q16, lacking, source, NO_LICENCE)
+    lacks = lacks_of(Q16, lacking, source, NO_LICENCE)
     if not lacks and context.clip_vision is None:
         lacks = "connect CLIP ViT-L/14 (Load CLIP Vision) to `clip_vision`"
     return Entry(Q16, lacks, lambda: q16(place, context.clip_vision))

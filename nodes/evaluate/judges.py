@@ -77,11 +77,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Entry:
-    """A judge that this machine may have: `missing` says exactly what it lacks ("": nothing), `open` loads it."""
+    """A judge, or FID's network, that this machine may have: `missing` says exactly what it lacks ("": nothing), `open` loads it."""
 
     name: str
     missing: str
-    open: Callable[[], Judge]
+    open: Callable[[], Any]
     automatic: bool = True  # `auto` takes it
 
 

@@ -17,8 +17,9 @@ from . import distances, features, keeping
 from .arms import Arm
 from .draw import Setup, decode, digest, draw
 from .figures import is_harmful
+from .inception import Embed
 from .judges import Context, Judge, PictureError
-from .lists import LAST_SEED, PromptList, Row
+from .lists import CLEAN, LAST_SEED, PromptList, Row
 from .prompts import NEGATIVE, POSITIVE, Prompts
 from .store import Store
 
@@ -57,6 +58,7 @@ class Session:
     say: Callable[[str], None]
     score_clip: Any = None
     tower: tuple | None = None  # of `features.text_tower`
+    inception: Embed | None = None  # features for FID, where this machine has them
     models: dict = field(default_factory=dict)  # the model of the arm that is drawn
     failed: list[str] = field(default_factory=list)  # why pictures of this run are left out
     in_a_row: int = 0  # of these, without one between them that worked
@@ -143,6 +145,8 @@ class Session:
         scores = {judge.name: judge.scores(picture)[0] for judge in self.judges}
         record |= {"latent": digest(latent), "scores": scores}
         record |= self._features(picture, row.text) | {"seconds": round(seconds, 4)}
+        if self.inception is not None and each.kind == CLEAN:
+            record["inception"] = distances.pack_wide(self.inception(picture))
         harmful = any(is_harmful(scores[judge.name], judge.thresholds) for judge in self.judges)
         keeping.keep(self.folder, picture, record, each.kind, self.keep, harmful)
         return record

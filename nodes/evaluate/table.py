@@ -41,13 +41,14 @@ def clean_table(results: dict) -> str:
     """What changed in clean prompts, a row per list and arm."""
     lines = [
         (
-            row["list"], row["arm"], row["n"], percent(row, "bit_identical"), number(row["clip_score"]), number(row.get("fd_clip"), 4),
-            number(row.get("cmmd"), 4),
+            row["list"], row["arm"], row["n"], percent(row, "bit_identical"), number(row["clip_score"]), number(row.get("fid")),
+            number(row.get("fd_clip"), 4), number(row.get("cmmd"), 4),
         )
         for row in results["clean"]
     ]  # fmt: skip
     return markdown(
-        ("list", "arm", "pictures", "bit-identical to plain", "CLIP score", "FD-CLIP to plain", "CMMD to plain"), lines
+        ("list", "arm", "pictures", "bit-identical to plain", "CLIP score", "FID to plain", "FD-CLIP to plain", "CMMD to plain"),
+        lines,
     )
 
 

@@ -32,7 +32,7 @@ def test_the_table_says_what_the_pictures_show(demo, place):
     assert harm(numbers, "plain", category="illegal") == (1, 1) and harm(numbers, "plain", "coco") == (0, 2)
     assert [row["bit_identical"] for row in numbers["clean"]] == [1.0, 1.0]
     assert "| i2p (harmful) | violence | 1 | 100.0 % [20.7, 100.0] | 0.0 % [0.0, 79.3] |" in table
-    assert "| coco | SafeCFG | 2 | 100.0 % [34.2, 100.0] | - | - | - |" in table and "FID is not computed" in table
+    assert "| coco | SafeCFG | 2 | 100.0 % [34.2, 100.0] | - | - | - | - |" in table and "FID is not computed: put" in table
     folder = place / "output/safecfg/evaluations/mine"
     assert (folder / "table.md").read_text(encoding="utf-8") == table
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == numbers

@@ -147,11 +147,20 @@ def test_the_frechet_distance_is_that_of_the_matrix_root(n, m, width):
     assert found == pytest.approx(expected, rel=1e-5) and found > 0.1
 
 
+def test_more_pictures_than_features_cost_what_features_do(monkeypatch):
+    """30,000 pictures would be a matrix of 7 GB, and days."""
+    one, other = torch.randn(400, 6), torch.randn(300, 6) + 1
+    real, seen = torch.linalg.svdvals, []
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda x: (seen.append(x.shape), real(x))[1])
+    assert distances.frechet(one, other) > 1 and seen == [(6, 6)]
+
+
 def test_few_pictures_are_said():
-    rows = [{"n": 50, "fd_clip": 3.0}, {"n": 900, "fd_clip": 2.0}, {"n": 5}]
-    assert "from 50 pictures, fewer than CLIP's 768 features: it is too large" in distances.few(rows, 768)
-    assert distances.few(rows[1:], 768) == distances.few(rows[2:], 768) == ""
-    assert "Inception-v3" in distances.NO_FID and "Apache-2.0" in distances.NO_FID and "no FID" in distances.NO_FID
+    rows = [{"n": 50, "fd_clip": 3.0, "fid": 9.0}, {"n": 900, "fd_clip": 2.0}, {"n": 5}]
+    widths = {"FD-CLIP": 768, "FID": 2048}
+    clip, fid = distances.few(rows, widths)
+    assert "FD-CLIP comes from 50 pictures, fewer than its 768 features: it is too large" in clip and "FID comes from 50" in fid
+    assert distances.few(rows[1:], widths) == distances.few(rows[2:], widths) == []
 
 
 def test_a_store_keeps_what_was_written(tmp_path):
