@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.random_weights import randomise
 from hgr_models.textspace import PairTexts
 
 WIDTH = 128  # of the demo's tokens
@@ -80,18 +81,7 @@ def make(kind: Kind, seed: int) -> torch.nn.Module:
     torch.use_deterministic_algorithms(True)  # not a number wherever core leaves a buffer as the memory was
     network = core.get_model({}, "", device=torch.device("cpu")).diffusion_model
     torch.use_deterministic_algorithms(False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in network.named_parameters():
-            if value.ndim > 1:
-                value.copy_(torch.randn(value.shape, generator=generator) * max(1, value[0].numel()) ** -0.5)
-            elif name.endswith(("weight", "scale")) or "gamma" in name:
-                value.fill_(1.0)
-            else:
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
-        for _, value in network.named_buffers():
-            if value.dtype.is_floating_point and not torch.isfinite(value).all():
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
+    randomise(network, torch.Generator().manual_seed(seed))
     return network.eval().requires_grad_(False)
 
 

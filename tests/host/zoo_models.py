@@ -18,6 +18,7 @@ import comfy.samplers
 import comfy.supported_models
 import pytest
 import torch
+from safecfg.benchmarks.random_weights import randomise
 from safecfg.nodes.host.families import latents_of, prediction_of
 from safecfg.nodes.host.more_tokens import gather
 
@@ -113,14 +114,14 @@ def _build(variant: Variant):
     core.set_inference_dtype(torch.float32, None)
     with torch.no_grad(), not_a_number_where_empty():
         model = core.get_model(variant.state(), "", device=CPU)
-    _initialise(model)
+    randomise(model.diffusion_model, torch.Generator().manual_seed(1))
     model.eval().requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
 @contextmanager
 def not_a_number_where_empty():
-    """Core leaves some weights and buffers as the memory was: for `_initialise` to find all of them, not those that look odd today."""
+    """Core leaves some weights and buffers as the memory was: for `randomise` to find all of them, not those that look odd today."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # `torch.empty` is then filled; no algorithm runs here
     try:
@@ -130,23 +131,6 @@ def not_a_number_where_empty():
 
 
 @torch.no_grad()
-def _initialise(model) -> None:
-    """Every layer keeps its input's size; core's zero-initialised layers would make networks that ignore their prompts."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.diffusion_model.named_parameters():
-        if not value.dtype.is_floating_point:
-            continue
-        if value.ndim > 1:
-            value.copy_(torch.randn(value.shape, generator=generator) * max(1, value[0].numel()) ** -0.5)
-        elif name.endswith(("weight", "scale")) or "gamma" in name:
-            value.fill_(1.0)
-        else:
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
-    for _, value in model.named_buffers():
-        if value.dtype.is_floating_point and not torch.isfinite(value).all():
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
-
-
 def _generator(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
 
