@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .comfy_client import Client, ComfyError
 from .comfy_events import listen
-from .evaluate_graph import GraphError, from_files
+from .evaluate_graph import GraphError, from_files, node
 from .evaluate_workflow import from_workflow
 
 EVALUATE, JSON = "evaluate", "json"  # ids of nodes
@@ -33,6 +33,7 @@ KINDS = {"prompts": int, "images": int, "seed": int, "steps": int, "cfg": float}
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    """The command's options. Exits with a message where two of them do not fit together."""
     parser = argparse.ArgumentParser(
         prog="python -m hgr_models.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,8 +90,8 @@ def make_graph(client: Client, args: argparse.Namespace) -> tuple[dict, list[str
             sockets.pop(socket, None)
     lists = {"lists": "\n".join(args.lists), "resume": not args.no_resume}
     own = hgr_nodes(client, args, sockets)
-    graph |= own | {EVALUATE: {"class_type": NODE, "inputs": {**defaults, **widgets, **given, **lists, **sockets}}}
-    graph[JSON] = {"class_type": "PreviewAny", "inputs": {"source": [EVALUATE, 2]}}
+    graph |= own | {EVALUATE: node(NODE, **{**defaults, **widgets, **given, **lists, **sockets})}
+    graph[JSON] = node("PreviewAny", source=[EVALUATE, 2])
     for name in ("protocol", "sampler", "scheduler", "keep_pictures"):
         client.check_choice(NODE, name, graph[EVALUATE]["inputs"][name])
     return graph, notes
@@ -101,19 +102,19 @@ def hgr_nodes(client: Client, args: argparse.Namespace, sockets: dict) -> dict:
     nodes = {}
     if args.hgr is not None:
         client.check_choice("SafeCFG_LoadHGR", "hgr_name", args.hgr)
-        nodes["hgr"] = {"class_type": "SafeCFG_LoadHGR", "inputs": {"hgr_name": args.hgr}}
+        nodes["hgr"] = node("SafeCFG_LoadHGR", hgr_name=args.hgr)
         sockets["hgr"] = ["hgr", 0]
     elif not sockets.pop("guarded", False):
-        nodes["protect"] = {"class_type": "SafeCFG_Protect", "inputs": {"model": sockets["model"], "clip": sockets["clip"]}}
+        nodes["protect"] = node("SafeCFG_Protect", model=sockets["model"], clip=sockets["clip"])
         sockets["model"] = ["protect", 0]
     sockets.pop("guarded", None)
     if args.clip_vision is not None:
         client.check_choice("CLIPVisionLoader", "clip_name", args.clip_vision)
-        nodes["vision"] = {"class_type": "CLIPVisionLoader", "inputs": {"clip_name": args.clip_vision}}
+        nodes["vision"] = node("CLIPVisionLoader", clip_name=args.clip_vision)
         sockets["clip_vision"] = ["vision", 0]
     if args.score_clip is not None:
         client.check_choice("CLIPLoader", "clip_name", args.score_clip)
-        nodes["text"] = {"class_type": "CLIPLoader", "inputs": {"clip_name": args.score_clip, "type": "stable_diffusion"}}
+        nodes["text"] = node("CLIPLoader", clip_name=args.score_clip, type="stable_diffusion")
         sockets["score_clip"] = ["text", 0]
     return nodes
 
@@ -162,6 +163,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main(line: list[str] | None = None) -> None:
+    """Runs the command; whatever does not fit ends it with one message."""
     args = arguments(line)
     try:
         run(args)

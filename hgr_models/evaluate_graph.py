@@ -12,6 +12,7 @@ class GraphError(HGRError):
 
 
 def node(class_type: str, **inputs: Any) -> dict:
+    """A node of a graph in API format."""
     return {"class_type": class_type, "inputs": inputs}
 
 

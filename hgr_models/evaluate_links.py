@@ -9,10 +9,12 @@ Graph = dict[str, dict]
 
 
 def is_link(value: object) -> TypeGuard[list]:
+    """Whether an input's value is another node's output: [the node's id, the output's number]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
 def kind_of(graph: Graph, key: str) -> str:
+    """What a message calls a node: its class and id."""
     return f"{graph[key]['class_type']} (node {key})" if key in graph else f"Node {key}"
 
 

@@ -186,6 +186,7 @@ class FusedTrunk:
         return r, normed.view(-1, frames * normed.shape[1], normed.shape[2]).mean(dim=1, dtype=torch.float32)
 
     def silu_normed(self, norm: nn.GroupNorm, h: "Features", film: Tensor | None = None, frames: int = 1) -> Tensor:
+        """SiLU of normalised features, scaled and shifted by `film` where it is given."""
         return self.kernels.normalise(h.x, h.moments, norm.weight, norm.bias, norm.eps, film, frames)
 
 

@@ -130,6 +130,7 @@ class Batch:
     lengths: Tensor | None = None  # (B,)
 
     def to(self, device: torch.device) -> "Batch":
+        """The same rows on a device."""
         return Batch(*(None if t is None else t.to(device) for t in vars(self).values()))
 
     def given(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor | None, ...]:
@@ -150,6 +151,7 @@ class Pool:
         self.judgements: list[Judgement] = []
 
     def add(self, samples: Samples, judgement: Judgement) -> None:
+        """Takes in samples with what the HGR says of each of them."""
         self.samples.append(samples)
         self.judgements.append(judgement)
 

@@ -61,6 +61,7 @@ class Points:
 
     @staticmethod
     def cat(parts: list["Points"]) -> "Points":
+        """The rows of all parts, in order."""
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return Points(*(None if column[0] is None else torch.cat(column) for column in columns))
 

@@ -104,6 +104,7 @@ class Redaction:
 
     @property
     def clean(self) -> bool:
+        """Whether what is left is at most at every threshold."""
         return self.excess <= 0
 
 

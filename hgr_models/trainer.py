@@ -111,10 +111,6 @@ class Trainer:
         self.trainings[name] = training
         return training
 
-    def drop(self, name: str) -> None:
-        """Forgets a phase that turned out to be impossible."""
-        self.trainings.pop(name, None)
-
     def run(self, phase: Phase) -> None:
         """Trains a phase until a step; what is there is stored when it ends, for whatever reason.
 

@@ -33,6 +33,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Takes in the module's parameters after a step."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)

@@ -28,6 +28,7 @@ class Part:
     facts: dict
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
+        """As `Training.state` gives it."""
         return self.tensors, self.facts
 
 
