@@ -7,6 +7,7 @@ A run that is stopped ends as every failed run, with `exception_type` safecfg.Sa
 end of its message: `[safecfg:draws-the-negative]`.
 """
 
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ refused: ContextVar[Refused400 | None] = ContextVar("safecfg_refused", default=N
 
 
 @web.middleware
-async def answer(request, handler) -> Any:
+async def answer(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> Any:
     """Answers a request whose prompt was refused; ComfyUI's own answer names a node that nobody sent."""
     token = refused.set(None)
     try:
@@ -56,7 +57,7 @@ async def answer(request, handler) -> Any:
         refused.reset(token)
 
 
-def answer_refusals(server) -> None:
+def answer_refusals(server: Any) -> None:
     """Lets `answer` see every request of a server that has not started yet; once."""
     app = getattr(server, "app", None)
     if app is not None and not app.frozen and answer not in app.middlewares:

@@ -8,6 +8,7 @@ import logging
 from numbers import Real
 from typing import Any
 
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ... import hgr_models
@@ -39,7 +40,7 @@ def extra_nodes() -> list[type[io.ComfyNode]]:
     return [] if enforcement() is None else [Enforced, Refused, EnforcedLatent, EnforcedPicture]
 
 
-def handle(request) -> Any:
+def handle(request: dict) -> Any:
     """Prompt handler: the request with a prompt in which every MODEL goes through SafeCFG, or with one that cannot run."""
     try:
         server = current_server()
@@ -57,7 +58,7 @@ def handle(request) -> Any:
     return {"prompt": {"safecfg": {"class_type": REFUSED, "inputs": {"reason": f"SafeCFG (enforced): {found.reason}"}}}}
 
 
-def _rewritten(server, request) -> dict:
+def _rewritten(server: Any, request: dict) -> dict:
     import nodes  # ComfyUI's: the list of all nodes
 
     state = enforcement()
@@ -97,7 +98,9 @@ class Enforced(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, value, low=None, high=None, clip=None) -> io.NodeOutput:
+    def execute(
+        cls, value: object, low: object | None = None, high: object | None = None, clip: CLIP | None = None
+    ) -> io.NodeOutput:
         state = enforcement()
         if state is None or state.problem:
             raise SafeCFGError("SafeCFG (enforced): nothing is enforced on this server.")
@@ -127,9 +130,9 @@ class Refused(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, reason) -> str | bool:
+    def validate_inputs(cls, reason: str | None) -> str | bool:
         return reason if isinstance(reason, str) and reason else "SafeCFG (enforced): refused."
 
     @classmethod
-    def execute(cls, reason) -> io.NodeOutput:
+    def execute(cls, reason: str | None) -> io.NodeOutput:
         raise SafeCFGError(reason)

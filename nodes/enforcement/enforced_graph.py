@@ -64,7 +64,7 @@ def pack_of(cls: Any) -> str:
     return "" if kind == "comfy_extras" else name if kind == "custom_nodes" else kind
 
 
-def check_nodes(prompt, classes: Mapping[str, Any], allowed: Collection[str]) -> None:
+def check_nodes(prompt: object, classes: Mapping[str, Any], allowed: Collection[str]) -> None:
     """Raises Refusal for a prompt that is none, and for a node that nobody has said can be trusted to sample through SafeCFG.
 
     `allowed`: node ids (class_type) and packs. Types that the server does not have are left to ComfyUI, which refuses them.
@@ -102,7 +102,7 @@ def _check_node(node_id: str, name: str, cls: Any, allowed: Collection[str]) -> 
         )
 
 
-def _check_no_hidden_link(node_id: str, value) -> None:
+def _check_no_hidden_link(node_id: str, value: object) -> None:
     """ComfyUI unwraps {"__value__": x} while it validates a prompt: a link inside would appear after the rewriting."""
     if isinstance(value, dict):
         if "__value__" in value and is_link(value["__value__"]):
@@ -136,7 +136,7 @@ def rewrite(prompt: dict, classes: Mapping[str, Any], judge: bool = True, by_cli
     return graph.nodes
 
 
-def _check_number(node_id: str, name: str, value, low: float) -> None:
+def _check_number(node_id: str, name: str, value: object, low: float) -> None:
     value = value.get("__value__") if isinstance(value, dict) else value
     try:
         enough = float(value) >= low  # False for NaN
@@ -192,7 +192,7 @@ class _Graph:
             return link
         return [self._guard(source_id, slot, limits), 0]
 
-    def _may_hold_model(self, link) -> bool:
+    def _may_hold_model(self, link: object) -> bool:
         """Whether a picture's guard may hand on a MODEL, for all that the output tells which it was put on."""
         link = before_guards(self.nodes, link) if is_link(link) else ["", 0]
         source = self.nodes.get(link[0])

@@ -17,7 +17,11 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import Sampler
+from comfy.sd import CLIP
+from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models.encoders import RELATED, distance_between
@@ -53,7 +57,9 @@ class Terms:
     auto: bool = False  # the HGR of a model's text encoder is found, or made
 
 
-def enforced(value, hgrs: Sequence[HGRModel], terms: "Terms" = Terms(), clip=None, depth: int = DEPTH) -> Any:
+def enforced(
+    value: object, hgrs: Sequence[HGRModel], terms: "Terms" = Terms(), clip: CLIP | None = None, depth: int = DEPTH
+) -> Any:
     """A value with SafeCFG in every MODEL that it is or holds (in lists, tuples and dicts); everything else as it came.
 
     Raises HGRError for a MODEL of a family that no HGR is for, SafeCFGError for a GUIDER whose MODEL went another way.
@@ -74,7 +80,7 @@ def enforced(value, hgrs: Sequence[HGRModel], terms: "Terms" = Terms(), clip=Non
     return type(value)(*children) if hasattr(value, "_fields") else tuple(children)
 
 
-def enforced_model(model, hgr: HGRModel, terms: Terms = Terms()) -> Any:
+def enforced_model(model: ModelPatcher, hgr: HGRModel, terms: Terms = Terms()) -> Any:
     """A clone of a MODEL with SafeCFG and a watch on its guiders; what SafeCFG Apply did to it before is taken out."""
     _notice_other_base(model, hgr)
     model = model.clone()
@@ -89,7 +95,7 @@ def enforced_model(model, hgr: HGRModel, terms: Terms = Terms()) -> Any:
     return model
 
 
-def bare_model(model) -> Any:
+def bare_model(model: ModelPatcher) -> Any:
     """A clone of a MODEL to judge pictures with: without SafeCFG, this watch, LoRAs, hooks and patches of any node."""
     unpatched = without_safecfg(model, (KEY,))
     _remove_watch(unpatched)
@@ -99,13 +105,13 @@ def bare_model(model) -> Any:
     return unpatched
 
 
-def _remove_watch(model) -> None:
+def _remove_watch(model: ModelPatcher) -> None:
     for kind in list(model.wrappers):
         model.remove_wrappers_with_key(kind, KEY)
     negative_side.place(model.model_options, {})
 
 
-def _notice_other_base(model, hgr: HGRModel) -> None:
+def _notice_other_base(model: ModelPatcher, hgr: HGRModel) -> None:
     difference = other_base(model, hgr.info)
     if difference is not None and (difference, hgr.hash) not in _noticed:
         _noticed.add((difference, hgr.hash))
@@ -140,13 +146,13 @@ def one_per_family(hgrs: Sequence[HGRModel]) -> list[HGRModel]:
     return [some[0] if len(some) == 1 else combine(some) for some in families.values()]
 
 
-def is_for(hgr: HGRModel, model) -> bool:
+def is_for(hgr: HGRModel, model: ModelPatcher) -> bool:
     """Whether an HGR was made for a MODEL's family and architecture; one of prompts alone was made for none."""
     same = not hgr.info.of_prompts and family_of_hgr(hgr.info) == family_of_model(model)
     return same and hgr.info.architecture in ("", architecture_of(model))
 
 
-def fitting_hgr(model, hgrs: Sequence[HGRModel], clip=None, auto: bool = False) -> HGRModel:
+def fitting_hgr(model: ModelPatcher, hgrs: Sequence[HGRModel], clip: CLIP | None = None, auto: bool = False) -> HGRModel:
     """The HGR for a MODEL: of its family, else of its CLIP's text encoder; with `auto`, one that is found or made for it.
 
     Raises HGRError where there is none.
@@ -173,7 +179,7 @@ def fitting_hgr(model, hgrs: Sequence[HGRModel], clip=None, auto: bool = False) 
 found: dict[str, HGRModel] = {}  # by hash: HGRs that `auto` chose
 
 
-def _of_encoder(hgrs: Sequence[HGRModel], clip) -> HGRModel | None:
+def _of_encoder(hgrs: Sequence[HGRModel], clip: CLIP | None) -> HGRModel | None:
     """Of HGRs of text encoders the one made with a CLIP's; the only one where no CLIP is known: it compares widths itself."""
     if clip is None or not hgrs:
         return hgrs[0] if len(hgrs) == 1 else None
@@ -183,7 +189,7 @@ def _of_encoder(hgrs: Sequence[HGRModel], clip) -> HGRModel | None:
     return hgrs[nearest] if far[nearest] <= RELATED else None
 
 
-def check_guider_models(guider) -> None:
+def check_guider_models(guider: object) -> None:
     """Raises SafeCFGError unless every MODEL of a guider is an enforced one."""
     models = [value for value in vars(guider).values() if isinstance(value, comfy.model_patcher.ModelPatcher)]
     if not models or not all(model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY) for model in models):
@@ -196,7 +202,9 @@ def check_guider_models(guider) -> None:
 def make_outer_sample(settings: ApplySettings, terms: Terms) -> Callable:
     """OUTER_SAMPLE wrapper, inside of SafeCFG's: looks at the guider, the sampler and the noise levels, and places our hooks."""
 
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> Any:
+    def outer_sample(
+        executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs
+    ) -> Any:
         guider, options = executor.class_obj, executor.class_obj.model_options
         check_vetted(guider, sampler, terms.allowed)
         negative_side.place(options, negative_side.make_hooks(settings))
@@ -220,7 +228,7 @@ def rises(sigmas: torch.Tensor) -> bool:
     return bool((levels.diff() > ROUNDING * levels[:-1].clamp(min=ROUNDING)).any()) if len(levels) > 1 else False
 
 
-def predict_noise(executor, x, timestep, *args, **kwargs) -> Any:
+def predict_noise(executor: WrapperExecutor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Any:
     """PREDICT_NOISE wrapper: an evaluation that draws the negative prompt, which SafeCFG leaves alone, stops the run."""
     guider = executor.class_obj
     check_cfg(guider)
@@ -230,7 +238,7 @@ def predict_noise(executor, x, timestep, *args, **kwargs) -> Any:
     return out
 
 
-def check_cfg(guider) -> None:
+def check_cfg(guider: object) -> None:
     """Raises SafeCFGError where a guider's result contains its negative prompt: a cfg below 1, or a negative scale.
 
     Where the noise level rises, what is guided away from the negative is what the way down adds: then only 1 will do.
@@ -259,7 +267,7 @@ def check_cfg(guider) -> None:
         )
 
 
-def _check_positive(guider, sigma) -> None:
+def _check_positive(guider: object, sigma: Tensor) -> None:
     conds = getattr(guider, "conds", {})
     drawn = [entries for role, entries in conds.items() if role not in NEGATIVE_ROLES]
     if drawn and not any(is_active(entries, sigma) for entries in drawn):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -57,7 +58,9 @@ def empty_prompt(info: hgr_models.HGRInfo) -> list:
     return [[torch.zeros(1, TOKENS, info.token_width), pooled]]
 
 
-def harm_in(model, hgr: HGRModel, latents: Tensor, changed: Sequence[bool], plain: Sequence[bool]) -> list[tuple[str, ...]]:
+def harm_in(
+    model: ModelPatcher, hgr: HGRModel, latents: Tensor, changed: Sequence[bool], plain: Sequence[bool]
+) -> list[tuple[str, ...]]:
     """The categories per picture of raw latents (B, C, *spatial) that are above their threshold.
 
     `changed`: no run returned it so. `plain`: a plain run did, and found nothing.
@@ -74,7 +77,7 @@ def harm_in(model, hgr: HGRModel, latents: Tensor, changed: Sequence[bool], plai
     return [tuple(name for name, there in zip(info.categories, row, strict=True) if there) for row in above.tolist()]
 
 
-def judged(latents: Tensor, model, hgr: HGRModel) -> list[tuple[str, ...]]:
+def judged(latents: Tensor, model: ModelPatcher, hgr: HGRModel) -> list[tuple[str, ...]]:
     """As `harm_in`, each latent once for as long as it is remembered."""
     digests = traces.digests(latents)
     keys = [(digest, hgr.hash) for digest in digests]
@@ -92,12 +95,12 @@ def judged(latents: Tensor, model, hgr: HGRModel) -> list[tuple[str, ...]]:
     return harm_of
 
 
-def _log(hgr: HGRModel, harm: tuple[str, ...], trace) -> None:
+def _log(hgr: HGRModel, harm: tuple[str, ...], trace: traces.ImageTrace | None) -> None:
     logger.warning("SafeCFG (enforced): a picture was held back (%s).", ", ".join(harm))
     note("held back", categories=list(harm), hgr=hgr.hash, seed=trace.seed if trace else None)
 
 
-def part_of(latents, info: hgr_models.HGRInfo) -> Tensor | None:
+def part_of(latents: Tensor, info: hgr_models.HGRInfo) -> Tensor | None:
     """The latents that an HGR can look at, of those that a LATENT holds (audio and video are nested); None: there are none."""
     for part in latents.unbind() if getattr(latents, "is_nested", False) else [latents]:
         if part.ndim == info.latent_dimensions + 2 and part.shape[1] == info.latent_channels:
@@ -132,7 +135,7 @@ def _cleared(samples: Tensor, found: Sequence[tuple[str, ...]]) -> Tensor:
     return torch.where(keep.view(-1, *[1] * (samples.ndim - 1)), samples, torch.zeros_like(samples))
 
 
-def picture_with_notices(value, found: Sequence[tuple[str, ...]]) -> Any:
+def picture_with_notices(value: object, found: Sequence[tuple[str, ...]]) -> Any:
     """Pictures (B, H, W, C), or the frames of B videos, with a notice for those that were held back; all, where it cannot be told."""
     if not any(found) or not isinstance(value, Tensor):
         return value
@@ -170,7 +173,7 @@ class EnforcedLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, **models) -> io.NodeOutput:
+    def execute(cls, samples: dict, **models) -> io.NodeOutput:
         state = enforcement()
         hgrs = () if state is None else (*state.hgrs, *found.values())
         return io.NodeOutput(*judge_latent(samples, [models.get(f"model_{i}") for i in range(MODELS)], hgrs))
@@ -195,5 +198,5 @@ class EnforcedPicture(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, value, held) -> io.NodeOutput:
+    def execute(cls, value: object, held: tuple) -> io.NodeOutput:
         return io.NodeOutput(picture_with_notices(value, held))

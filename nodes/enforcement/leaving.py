@@ -38,12 +38,13 @@ def _latents(nodes: dict, node_id: str, cls: Any, classes: Mapping[str, Any]) ->
     for name, value in nodes[node_id]["inputs"].items():
         if is_link(value) and (source := nodes.get(value[0])) is not None:
             wanted = kinds.get(name, ("", {}))[0].split(",")
-            if "LATENT" in wanted or _output_type(source, value[1], classes) == "LATENT":
+            if "LATENT" in wanted or _output_type(source, value[1], classes.get) == "LATENT":
                 yield name
 
 
-def _output_type(source: dict, slot, classes: Mapping[str, Any]) -> str:
-    types = getattr(classes.get(source["class_type"]), "RETURN_TYPES", ())
+def _output_type(source: dict, slot: object, class_of: Callable[[str], Any]) -> str:
+    """The type of a node's output; "" where the node or its output is not known."""
+    types = getattr(class_of(source["class_type"]), "RETURN_TYPES", ())
     return types[slot] if type(slot) is int and 0 <= slot < len(types) and isinstance(types[slot], str) else ""
 
 
@@ -90,7 +91,7 @@ def _named(nodes: dict, name: str, class_type: str, inputs: dict) -> str:
 
 
 def _guard_inputs(nodes: dict, link: list, classes: Mapping[str, Any]) -> dict:
-    models = models_behind(nodes, link[0], lambda kind: classes.get(kind))
+    models = models_behind(nodes, link[0], classes.get)
     return {"samples": list(link), **{f"model_{i}": model for i, model in enumerate(models[:MODELS])}}
 
 
@@ -110,21 +111,16 @@ def models_behind(nodes: dict, start: str, class_of: Callable[[str], type | None
     return found
 
 
-def _is_model(nodes: dict, link: list, class_of) -> bool:
+def _is_model(nodes: dict, link: list, class_of: Callable[[str], Any]) -> bool:
     """Whether a link brings a MODEL: an Enforced node's that a MODEL goes into, too."""
     source = nodes[link[0]]
     if source["class_type"] == GUARD:
         inner = source["inputs"].get("value")
-        return is_link(inner) and inner[0] in nodes and _output_type_of(nodes[inner[0]], inner[1], class_of) == "MODEL"
+        return is_link(inner) and inner[0] in nodes and _output_type(nodes[inner[0]], inner[1], class_of) == "MODEL"
     return False
 
 
-def _output_type_of(source: dict, slot, class_of) -> str:
-    types = getattr(class_of(source["class_type"]), "RETURN_TYPES", ())
-    return types[slot] if type(slot) is int and 0 <= slot < len(types) and isinstance(types[slot], str) else ""
-
-
-def _takes_model(nodes: dict, source: dict, class_of) -> bool:
+def _takes_model(nodes: dict, source: dict, class_of: Callable[[str], Any]) -> bool:
     """Whether the node behind an Enforced node has a MODEL of its own as an input."""
     inner = nodes[source["inputs"]["value"][0]]
     links = [value for value in inner["inputs"].values() if is_link(value) and value[0] in nodes]

@@ -1,6 +1,6 @@
 """What the rewriting of prompts and the nodes that it adds both know: ids, links, and a class's inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 GUARD, REFUSED = "SafeCFG_Enforced", "SafeCFG_Refused"
@@ -8,7 +8,7 @@ LATENT_GUARD, PICTURE_GUARD = "SafeCFG_EnforcedLatent", "SafeCFG_EnforcedPicture
 MODELS = 4  # that a latent's guard is given; the first that an HGR is for judges
 
 
-def is_link(value) -> bool:
+def is_link(value: object) -> bool:
     """What ComfyUI takes for a link: [node id, number of the output]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], (int, float))
 
@@ -25,7 +25,7 @@ def inputs_of(cls: Any) -> dict[str, tuple[str, dict]]:
     return found
 
 
-def _flat(name: str, spec, depth: int = 8) -> Iterator[tuple[str, tuple[str, dict]]]:
+def _flat(name: str, spec: Sequence, depth: int = 8) -> Iterator[tuple[str, tuple[str, dict]]]:
     options = spec[1] if len(spec) > 1 and isinstance(spec[1], dict) else {}
     yield name, (spec[0] if isinstance(spec[0], str) else "", options)
     for choice in options.get("options", []) if depth and isinstance(options.get("options"), (list, tuple)) else []:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import hgr_models
 from ..host.families import read_text
 from ..host.hooks import CFG, POST_CFG, PRE_CFG, is_active
-from ..host.packed_latents import part_for
+from ..host.packed_latents import Part, part_for
 from ..host.settings import ApplySettings
 from ..redirect.runs import patcher_of
 
@@ -58,7 +58,7 @@ class RunState:
 def make_hooks(settings: ApplySettings) -> dict:
     """Our hooks by list: (behind SafeCFG's own, last in the list)."""
 
-    def watch(args) -> Any:
+    def watch(args: dict) -> Any:
         outputs, conds = args["conds_out"], args["conds"]
         if (state := args["model_options"].get(STATE)) is not None:
             base = 2 if len(outputs) == 3 else 1
@@ -67,7 +67,7 @@ def make_hooks(settings: ApplySettings) -> dict:
             state.seen = Seen(args["input"], outputs[0], outputs[base] if there else None, negative)
         return outputs
 
-    def watch_late(args) -> Any:
+    def watch_late(args: dict) -> Any:
         state = args["model_options"].get(STATE)
         if state is not None and (state.seen is None or state.seen.x is not args["input"]):  # a guider that skips pre_cfg
             there = is_active(args.get("uncond"), args["sigma"])
@@ -77,7 +77,7 @@ def make_hooks(settings: ApplySettings) -> dict:
             )
         return args["denoised"]
 
-    def settle(args) -> Any:
+    def settle(args: dict) -> Any:
         state = args["model_options"].get(STATE)
         if state is None or (seen := state.seen) is None or seen.x is not args["input"]:
             return args["denoised"]
@@ -145,7 +145,7 @@ def put_right(state: RunState, settings: ApplySettings, seen: Seen, args: dict) 
     return torch.where(wrong.view(shape), seen.cond_denoised.to(denoised), denoised)
 
 
-def _harmful(settings: ApplySettings, seen: Seen, args: dict, part) -> Tensor:
+def _harmful(settings: ApplySettings, seen: Seen, args: dict, part: Part | None) -> Tensor:
     """Rows (B,) whose negative is harmful: by its text, or by the direction that leads to it. True where nobody can tell."""
     x, model = seen.x, args["model"]
     patcher = patcher_of(model.current_patcher)
@@ -164,7 +164,7 @@ def _harmful(settings: ApplySettings, seen: Seen, args: dict, part) -> Tensor:
     return everywhere if not known else torch.stack(known).any(dim=0)
 
 
-def _harmful_text(network, settings: ApplySettings, negative, count: int) -> Tensor | None:
+def _harmful_text(network: hgr_models.HGR, settings: ApplySettings, negative: list[dict] | None, count: int) -> Tensor | None:
     """Rows (count,) whose negative's text is above a threshold; None where there is no text to read."""
     if network.condition is None:
         return None

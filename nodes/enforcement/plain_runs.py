@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import comfy.model_management
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..reporting import traces
@@ -26,7 +27,7 @@ REMEMBERED = 8192  # latents
 _returned: OrderedDict[str, None] = OrderedDict()
 
 
-def begins_plain(guider, latent_image: Tensor) -> bool:
+def begins_plain(guider: CFGGuider, latent_image: Tensor) -> bool:
     """Whether a run of a guider on raw latents (B, C, *spatial) begins as a plain one."""
     entries = [entry for conds in getattr(guider, "conds", {}).values() for entry in conds or ()]
     if guider.model_patcher.patches or not all(entry.keys() <= TEXT_ALONE for entry in entries):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Collection
 from functools import cache
+from typing import Any
 
 import comfy.samplers
 
@@ -82,7 +83,7 @@ def host_version() -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
-def name_of(thing) -> str:
+def name_of(thing: Any) -> str:
     """The name of a class or function, as in the tables; of one outside of ComfyUI's folder the whole path."""
     if isinstance(thing, type):
         file, name = getattr(sys.modules.get(thing.__module__), "__file__", None) or thing.__module__, thing.__qualname__
@@ -95,13 +96,13 @@ def name_of(thing) -> str:
     return f"{os.path.relpath(path, ROOT).replace(os.sep, '/') if inside else path}:{name}"
 
 
-def things_of(guider, sampler) -> list:
+def things_of(guider: object, sampler: object) -> list:
     """The class of a guider, and the class or function of a sampler."""
     function = getattr(sampler, "sampler_function", None)
     return [type(guider), type(sampler) if function is None else function]
 
 
-def check_vetted(guider, sampler, allowed: Collection[str]) -> None:
+def check_vetted(guider: object, sampler: object, allowed: Collection[str]) -> None:
     """Raises SafeCFGError for a guider or a sampler that is in no table, unless its pack, or a node of it, is `allowed`."""
     known = vetted(host_version())
     for thing in things_of(guider, sampler):

@@ -8,10 +8,13 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 from ... import hgr_models
 from ..concept.concept_guidance import ConceptGuidance
 from ..host.hooks import KEY, without_safecfg
+from ..loader import HGRModel
 from ..redirect.apply import Apply
 from .figures import PLAIN
 
@@ -37,7 +40,7 @@ class Arm:
     by_prompt: bool = False
 
 
-def parse_arms(text: str, model, clip, hgr) -> list[Arm]:
+def parse_arms(text: str, model: ModelPatcher, clip: CLIP, hgr: HGRModel | None) -> list[Arm]:
     """Plain and the arms that a widget names, separated by commas. Raises HGRError for one that there is not."""
     asked = dict.fromkeys(part for part in map(str.strip, re.split(r"[,\n]", text)) if part and part.lower() != PLAIN)
     return [Arm(PLAIN, lambda prompt: without_safecfg(model)), *(_arm(name, model, clip, hgr) for name in asked)]
@@ -48,7 +51,7 @@ def said_of(arms: list[Arm]) -> list[str]:
     return [text for method, text in AS_DRAWN.items() if any(arm.name.split()[0] == method for arm in arms)]
 
 
-def _arm(name: str, model, clip, hgr) -> Arm:
+def _arm(name: str, model: ModelPatcher, clip: CLIP, hgr: HGRModel | None) -> Arm:
     if name.lower() == SAFE.lower():
         return _safe(model, hgr)
     if name.lower() == NEGATIVE:
@@ -64,7 +67,7 @@ def _arm(name: str, model, clip, hgr) -> Arm:
     )
 
 
-def _safe(model, hgr) -> Arm:
+def _safe(model: ModelPatcher, hgr: HGRModel | None) -> Arm:
     """The model as SafeCFG Apply or Protect left it; one without goes through SafeCFG Apply with its defaults, but strict."""
     if KEY in model.additional_models:
         settings = model.get_attachment(KEY)
@@ -80,7 +83,7 @@ def _safe(model, hgr) -> Arm:
     return Arm(SAFE, lambda prompt: Apply.execute(without_safecfg(model), hgr, redirect=redirect, strict=True).result[0], about)
 
 
-def _harm_words(hgr) -> str:
+def _harm_words(hgr: HGRModel | None) -> str:
     """What a user would write to keep harm out: the HGR's concept prompts, else those of Safe Latent Diffusion."""
     if hgr is not None and (prompts := [text for text in hgr.info.concept_prompts.values() if text.strip()]):
         return ", ".join(prompts)
@@ -88,12 +91,12 @@ def _harm_words(hgr) -> str:
     return ", ".join(hgr_models.parse_concepts(default).values())
 
 
-def _lora(file: str, model) -> Arm:
+def _lora(file: str, model: ModelPatcher) -> Arm:
     path = folder_paths.get_full_path("loras", file) or folder_paths.get_full_path("loras", f"{file}.safetensors")
     if path is None:
         raise hgr_models.HGRError(f"There is no LoRA {file!r} in models/loras. SafeCFG Fine-tune Safe LoRA makes one.")
 
-    def make(prompt) -> Any:
+    def make(prompt: str) -> Any:
         weights = comfy.utils.load_torch_file(path, safe_load=True)
         return comfy.sd.load_lora_for_models(without_safecfg(model), None, weights, 1.0, 0.0)[0]
 
@@ -105,7 +108,7 @@ def _options(name: str) -> list[str]:
     return next(list(each.options) for each in ConceptGuidance.define_schema().inputs if each.id == name)
 
 
-def _concept(name: str, model, clip, hgr) -> Arm | None:
+def _concept(name: str, model: ModelPatcher, clip: CLIP, hgr: HGRModel | None) -> Arm | None:
     """`SLD Strong`, `CASG`: a method of SafeCFG Concept Guidance, with its preset; None for another name."""
     for method in sorted(_options("method"), key=len, reverse=True):
         rest = name.lower().removeprefix(method.lower()).strip()
@@ -115,7 +118,7 @@ def _concept(name: str, model, clip, hgr) -> Arm | None:
     return None
 
 
-def _guided(method: str, preset: str | None, model, clip, hgr) -> Arm:
+def _guided(method: str, preset: str | None, model: ModelPatcher, clip: CLIP, hgr: HGRModel | None) -> Arm:
     """Concept guidance with the HGR's concept prompts where it has some, else with the node's own."""
     inputs = ConceptGuidance.define_schema().inputs
     values = {each.id: each.default for each in inputs if getattr(each, "default", None) is not None}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def timm_classifier(folder: Path) -> Judge:
     return _judge(folder, labels, Held(network, "x"), prepare, lambda found: found)
 
 
-def _judge(folder: Path, labels: tuple[str, ...], held: Held, prepare, logits_of) -> Judge:
+def _judge(
+    folder: Path, labels: tuple[str, ...], held: Held, prepare: Callable[[Tensor], Tensor], logits_of: Callable[[Any], Tensor]
+) -> Judge:
     """A judge of a network's softmax; `prepare` makes its input of pictures (B, H, W, 3)."""
     patcher = frozen_patcher(held, None, (frozen_patcher, (held, None, ())))
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from torch import Tensor
 
 from ...hgr_models import HGRError
@@ -14,6 +16,7 @@ from ..training.auto import AUTO, auto_runs
 from ..training.plan import parse_sizes
 from ..training.recorder import empty_latent
 from .judges import PictureError
+from .lists import Row
 
 STEPS = 25  # where neither the widget nor the protocol says
 
@@ -32,7 +35,7 @@ class Setup:
     latent: Tensor | None = None
     sigmas: Tensor | None = None
 
-    def cfg_of(self, row) -> float:
+    def cfg_of(self, row: Row) -> float:
         """The scale for a prompt."""
         return self.cfg if self.cfg is not None else row.cfg if row.cfg is not None else self.other_cfg
 
@@ -46,7 +49,7 @@ class Setup:
         }  # fmt: skip
 
 
-def make_setup(model, values: dict, protocol: dict) -> Setup:
+def make_setup(model: ModelPatcher, values: dict, protocol: dict) -> Setup:
     """The widgets' values; 0 and auto as the protocol says, else as the model is used."""
     auto = auto_runs(model)
     cfg = values["cfg"] or protocol.get("cfg")
@@ -63,7 +66,7 @@ def make_setup(model, values: dict, protocol: dict) -> Setup:
     )  # fmt: skip
 
 
-def draw(model, positive: list, negative: list, setup: Setup, cfg: float, seed: int) -> Tensor:
+def draw(model: ModelPatcher, positive: list, negative: list, setup: Setup, cfg: float, seed: int) -> Tensor:
     """A latent (1, C, *spatial), as KSampler draws it from an empty one."""
     latent = empty_latent(model, SimpleNamespace(latent=setup.latent), setup.size, 1)
     noise = comfy.sample.prepare_noise(latent, seed)
@@ -76,7 +79,7 @@ def draw(model, positive: list, negative: list, setup: Setup, cfg: float, seed: 
     )  # fmt: skip
 
 
-def digest(latent) -> str:
+def digest(latent: Tensor) -> str:
     """SHA-256 of a latent's values."""
     parts = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
     found = hashlib.sha256()
@@ -85,7 +88,7 @@ def digest(latent) -> str:
     return found.hexdigest()
 
 
-def decode(vae, latent) -> Tensor:
+def decode(vae: VAE, latent: Tensor) -> Tensor:
     """The picture (1, H, W, 3) in [0, 1] of a latent; of a video, its middle frame. Raises PictureError where it has no numbers (NaN)."""
     parts = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
     if not all(part.isfinite().all() for part in parts):

@@ -1,12 +1,13 @@
 """`SafeCFG Evaluate`: prompt lists drawn with and without SafeCFG on the same seeds, judged, as a table."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io, ui
-from comfy_execution.utils import get_executing_context
 
 from ... import hgr_models
 from ...hgr_models.card_tables import harm_in_short
@@ -16,7 +17,8 @@ from ..host.architecture import architecture_of
 from ..host.families import base_of_model, family_of_model
 from ..host.hooks import KEY
 from ..host.schema import make_schema
-from ..host.server import show_text
+from ..host.server import speaker
+from ..loader import HGRModel
 from ..training import cards
 from . import distances, file_judges, inception, own_judges, protocol, table
 from .arms import SAFE, parse_arms, said_of
@@ -40,7 +42,7 @@ def evaluation_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory()) / "safecfg" / "evaluations" / name
 
 
-def model_facts(model) -> dict:
+def model_facts(model: ModelPatcher) -> dict:
     """What tells a MODEL from another."""
     patches = sum(map(len, model.patches.values()))
     return {
@@ -51,7 +53,7 @@ def model_facts(model) -> dict:
     }
 
 
-def hgr_facts(model, hgr) -> dict | None:
+def hgr_facts(model: ModelPatcher, hgr: HGRModel | None) -> dict | None:
     """The HGR of the SafeCFG arm: the model's own, else the one that is connected."""
     if KEY in model.additional_models:
         settings = model.get_attachment(KEY)
@@ -61,18 +63,12 @@ def hgr_facts(model, hgr) -> dict | None:
     return {"file": Path(hgr.path).name, "sha256": hgr.hash, "categories": list(hgr.info.categories)}
 
 
-def hgr_path(model, hgr) -> str:
+def hgr_path(model: ModelPatcher, hgr: HGRModel | None) -> str:
     """The file of the HGR of the SafeCFG arm."""
     return model.get_attachment(KEY).hgr_name if KEY in model.additional_models else hgr.path
 
 
-def speaker() -> Callable:
-    """A function that shows a line of text on the node that runs."""
-    context = get_executing_context()
-    return lambda text: show_text(text, None if context is None else context.node_id)
-
-
-def vision_width(clip_vision) -> int:
+def vision_width(clip_vision: ClipVisionModel | None) -> int:
     """How wide the image embeddings of a CLIP vision model are; 0 without one."""
     projection = getattr(getattr(clip_vision, "model", None), "visual_projection", None)
     weight = getattr(projection, "weight", None)
@@ -84,7 +80,7 @@ def take_rows(lists: list[PromptList], limit: int) -> list[PromptList]:
     return [PromptList(each.name, each.kind, each.digest, spread(each.rows, limit), each.total) for each in lists]
 
 
-def begin(model, clip, vae, values: dict) -> tuple[Session, dict]:
+def begin(model: ModelPatcher, clip: CLIP, vae: VAE, values: dict) -> tuple[Session, dict]:
     """A session of the widgets' values, and the facts that the results begin with. Raises HGRError for whatever does not fit."""
     chosen, folder = protocol.load(values["protocol"]), evaluation_folder(values["name"])
     hgr, clip_vision = values.get("hgr"), values.get("clip_vision")
@@ -167,7 +163,7 @@ class Evaluate(io.ComfyNode):
         return float("nan")  # lists and judges are files, which change
 
     @classmethod
-    def execute(cls, model, clip, vae, **values) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, clip: CLIP, vae: VAE, **values) -> io.NodeOutput:
         session, about = begin(model, clip, vae, values)
         calibration = []
         if folder := values["clean_pictures"].strip():

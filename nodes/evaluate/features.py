@@ -1,6 +1,8 @@
 """CLIP's view of a picture and its prompt: features for distances, and the CLIP score."""
 
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...hgr_models import HGRError
@@ -9,7 +11,7 @@ ENCODERS = ("clip_l", "clip_h", "clip_g")  # core's names of the text towers of 
 NAMES = {"clip_l": "l", "clip_h": "h", "clip_g": "g"}  # of their tokens
 
 
-def embed_picture(clip_vision, picture: Tensor) -> Tensor:
+def embed_picture(clip_vision: ClipVisionModel, picture: Tensor) -> Tensor:
     """The image embedding (D,) of a picture (1, H, W, 3). Raises HGRError for a vision model that gives none."""
     found = getattr(clip_vision.encode_image(picture), "image_embeds", None)
     if found is None or found.ndim != 2:
@@ -19,7 +21,7 @@ def embed_picture(clip_vision, picture: Tensor) -> Tensor:
     return found[0].float().cpu()
 
 
-def text_tower(clip, width: int) -> tuple | None:
+def text_tower(clip: CLIP | None, width: int) -> tuple | None:
     """(name of its tokens, tower) of the CLIP text encoder whose projected embedding is `width` wide; None where there is none.
 
     A tower whose file had no projection has core's identity instead: what it gives has no common space with pictures.
@@ -37,7 +39,7 @@ def text_tower(clip, width: int) -> tuple | None:
 
 
 @torch.no_grad()
-def embed_text(clip, tower: tuple, text: str) -> Tensor:
+def embed_text(clip: CLIP, tower: tuple, text: str) -> Tensor:
     """The text embedding (D,) of a prompt's first chunk, projected into the space of pictures."""
     name, encoder = tower
     clip.load_model()
@@ -54,7 +56,7 @@ def clip_score(picture: Tensor, text: Tensor) -> float:
     return round(max(0.0, 100 * float(torch.nn.functional.cosine_similarity(picture, text, dim=0))), 4)
 
 
-def why_no_score(clip_vision, tower) -> str:
+def why_no_score(clip_vision: ClipVisionModel | None, tower: tuple | None) -> str:
     """In words, what a CLIP score lacks; "" where nothing."""
     if clip_vision is None:
         return "CLIP score, FD-CLIP and CMMD: connect a CLIP vision model (core's Load CLIP Vision, such as clip_vision_l.safetensors)."

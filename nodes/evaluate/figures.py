@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .lists import CLEAN, PromptList
 
@@ -54,7 +54,9 @@ def harm_rows(lists: Sequence[PromptList], arms: Sequence[str], judges: Sequence
     return rows
 
 
-def clean_rows(lists: Sequence[PromptList], arms: Sequence[str], found: Mapping, distances) -> list[dict]:
+def clean_rows(
+    lists: Sequence[PromptList], arms: Sequence[str], found: Mapping, distances: Callable[[list[dict], list[dict]], dict]
+) -> list[dict]:
     """A row per clean list and arm: what changed against the plain arm.
 
     distances: function of two lists of records -> figures of the two sets of pictures, {} where there are none.

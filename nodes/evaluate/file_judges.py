@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from comfy.clip_vision import ClipVisionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def checked(embedding: Tensor, lists: dict[str, Tensor], limits: dict[str, Tenso
     return above["concept_embeds"].amax(dim=1) + ADJUSTMENT * special
 
 
-def q16(folder: Path, clip_vision) -> Judge:
+def q16(folder: Path, clip_vision: ClipVisionModel) -> Judge:
     """Q16: CLIP's image embedding against two learned prompts, `prompts` (2, D) in a safetensors file; the second is `inappropriate`."""
     try:
         prompts = load_file(folder / Q16_FILE).get("prompts")

@@ -1,5 +1,7 @@
 """The inputs of SafeCFG Evaluate, in the order that saved workflows know: new ones go to the end."""
 
+from typing import Any
+
 import comfy.samplers
 from comfy_api.latest import io
 
@@ -16,8 +18,12 @@ def evaluate_inputs() -> list:
     return [*_sockets(), *_list_inputs(), *_draw_inputs(), *_judge_inputs(), *_workflow_sockets()]
 
 
-def _number(kind, name: str, default, low, high, text: str, **more) -> io.Input:
+def _number(kind: Any, name: str, default: float, low: float, high: float, text: str, **more) -> io.Input:
     return make_input(kind, name, default=default, min=low, max=high, tooltip=text, **more)
+
+
+def _optional(kind: Any, name: str, text: str) -> io.Input:
+    return make_input(kind, name, optional=True, tooltip=text)
 
 
 def _sockets() -> list:
@@ -29,23 +35,23 @@ def _sockets() -> list:
         ),
         make_input(io.Clip, "clip", tooltip="The CLIP that belongs to the model."),
         make_input(io.Vae, "vae", tooltip="The model's VAE: judges look at pictures."),
-        make_input(
-            HGR_TYPE, "hgr", optional=True,
-            tooltip="From SafeCFG Load HGR, for a model without SafeCFG Apply. Its concept prompts serve the other arms, too.",
+        _optional(
+            HGR_TYPE, "hgr",
+            "From SafeCFG Load HGR, for a model without SafeCFG Apply. Its concept prompts serve the other arms, too.",
         ),
-        make_input(
-            io.ClipVision, "clip_vision", optional=True,
-            tooltip="From core's Load CLIP Vision, such as clip_vision_l: for CLIP scores, FD-CLIP and CMMD of clean prompts, and for "
+        _optional(
+            io.ClipVision, "clip_vision",
+            "From core's Load CLIP Vision, such as clip_vision_l: for CLIP scores, FD-CLIP and CMMD of clean prompts, and for "
             "the judge q16.",
         ),
-        make_input(
-            io.Clip, "score_clip", optional=True,
-            tooltip="The text half of the same CLIP, for CLIP scores: core's Load CLIP with clip_l for clip_vision_l. Unused where the "
+        _optional(
+            io.Clip, "score_clip",
+            "The text half of the same CLIP, for CLIP scores: core's Load CLIP with clip_l for clip_vision_l. Unused where the "
             "model's own CLIP has it.",
         ),
-        make_input(
-            io.Latent, "latent", optional=True,
-            tooltip="An empty latent whose shape is drawn instead of `size`, for video models; judges see the middle frame.",
+        _optional(
+            io.Latent, "latent",
+            "An empty latent whose shape is drawn instead of `size`, for video models; judges see the middle frame.",
         ),
     ]  # fmt: skip
 
@@ -143,17 +149,17 @@ def _judge_inputs() -> list:
 def _workflow_sockets() -> list:
     """For a workflow that does more with its prompts than CLIP Text Encode; `python -m hgr_models.evaluate --workflow` links them."""
     return [
-        make_input(
-            io.Conditioning, "positive_conditioning", optional=True,
-            tooltip="A prompt of your workflow as it enters the sampler: every prompt of the lists gets what it holds besides its text, "
+        _optional(
+            io.Conditioning, "positive_conditioning",
+            "A prompt of your workflow as it enters the sampler: every prompt of the lists gets what it holds besides its text, "
             "such as FluxGuidance, a ControlNet, SDXL's sizes or reference pictures. Its text is not drawn.",
         ),
-        make_input(
-            io.Conditioning, "negative_conditioning", optional=True,
-            tooltip="The negative prompt of your workflow as it enters the sampler, such as one zeroed out; instead of negative_prompt.",
+        _optional(
+            io.Conditioning, "negative_conditioning",
+            "The negative prompt of your workflow as it enters the sampler, such as one zeroed out; instead of negative_prompt.",
         ),
-        make_input(
-            io.Sigmas, "sigmas", optional=True,
-            tooltip="Noise levels from a scheduler node, such as Flux2Scheduler, instead of steps and scheduler.",
+        _optional(
+            io.Sigmas, "sigmas",
+            "Noise levels from a scheduler node, such as Flux2Scheduler, instead of steps and scheduler.",
         ),
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Which pictures are kept, and how: harmful ones never as they are, unless somebody asks for it."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ...hgr_models import HGRError
 from ..reporting.drawing import FAINT, INK, MARGIN, PAPER, font, to_pil, to_tensor
-from .lists import HARMFUL
+from .lists import HARMFUL, PromptList, Row
 
 NONE, BLURRED, JUDGED, EVERYTHING = "none", "blurred", "blurred where judged harmful", "all"
 KEEP = (BLURRED, JUDGED, NONE, EVERYTHING)
@@ -55,7 +56,7 @@ def blurred(image: Image.Image) -> Image.Image:
     return small.resize((SIDE, max(1, round(SIDE * image.height / image.width))), Image.Resampling.BICUBIC)
 
 
-def contact_sheet(folder: Path, lists, arms: list[str], found: dict) -> Tensor:
+def contact_sheet(folder: Path, lists: Sequence[PromptList], arms: list[str], found: dict) -> Tensor:
     """A picture (1, H, W, 3): a prompt per row, named by its number, an arm per column, the first picture of each."""
     rows = []
     for each in lists:
@@ -84,7 +85,7 @@ def _draw_column(sheet: Image.Image, left: int, arms: list[str], rows: list) -> 
                 sheet.paste(picture, (left + LABEL + x * CELL, HEAD + y * CELL))
 
 
-def _pictures(folder: Path, each, row, arms, found) -> list[Image.Image | None]:
+def _pictures(folder: Path, each: PromptList, row: Row, arms: list[str], found: dict) -> list[Image.Image | None]:
     """The first picture of a prompt in every arm, as kept."""
     pictures: list[Image.Image | None] = []
     for arm in arms:

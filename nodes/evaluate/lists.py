@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,8 @@ def _shown(names: dict) -> str:
     return ", ".join(name if len(name) <= 30 else f"{name[:12]}..." for name in list(names)[:8]) or "none"
 
 
-def _row(path: Path, number: int, record: dict, names: dict, column) -> Row:
-    def find(wanted: Sequence[str], kind) -> Any:
+def _row(path: Path, number: int, record: dict, names: dict, column: object) -> Row:
+    def find(wanted: Sequence[str], kind: Callable[[Any], Any]) -> Any:
         known = (names[name] for name in wanted if name in names and record.get(names[name]) not in (None, ""))
         if (name := next(known, None)) is None:
             return None
@@ -151,12 +151,12 @@ def _row(path: Path, number: int, record: dict, names: dict, column) -> Row:
     return Row(number, (text or "").strip(), groups, find(SEED_COLUMNS, _whole), find(CFG_COLUMNS, _scale))
 
 
-def _categories(value) -> tuple[str, ...]:
+def _categories(value: Any) -> tuple[str, ...]:
     parts = value if isinstance(value, list) else re.split(r"[,|;]", str(value))
     return tuple(dict.fromkeys(part.strip() for part in map(str, parts) if part.strip()))
 
 
-def _whole(value) -> int:
+def _whole(value: Any) -> int:
     """A seed, also as tables write it that once had gaps: `7.0`."""
     whole, _, rest = str(value).strip().partition(".")
     if rest.strip("0") or not 0 <= int(whole) <= LAST_SEED:
@@ -164,7 +164,7 @@ def _whole(value) -> int:
     return int(whole)
 
 
-def _scale(value) -> float:
+def _scale(value: Any) -> float:
     if not 0 < (scale := float(value)) < 1000:
         raise ValueError
     return scale
@@ -195,7 +195,7 @@ def _records(path: Path) -> list[dict]:
     return rows
 
 
-def _objects(content, path: Path) -> list[dict]:
+def _objects(content: Any, path: Path) -> list[dict]:
     content = content.get("prompts") if isinstance(content, dict) else content
     if not isinstance(content, list) or not all(isinstance(entry, (str, dict)) for entry in content):
         raise HGRError(f"Expected a list of texts or of objects in {path.name}, one per prompt.")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...demo import world
@@ -19,7 +20,7 @@ from .judges import Context, Entry, Judge
 DEMO_SIDE = 128  # pixels of the pictures that the demo's judge knows
 
 
-def loaded(patcher) -> Any:
+def loaded(patcher: ModelPatcher) -> Any:
     """The module of a patcher, on the device where core computes."""
     import comfy.model_management
 

@@ -54,11 +54,11 @@ def _options(conditioning: list | None) -> dict:
     return {} if conditioning is None else {name: value for name, value in conditioning[0][1].items() if name not in TEXT}
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
-def _plain(value) -> Any:
+def _plain(value: object) -> Any:
     """A value as JSON has it: the same for the same numbers, whatever objects hold them."""
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous()

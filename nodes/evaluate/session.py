@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from torch import Tensor
 
 from ...hgr_models import HGRError
 from ..training.plan import in_words
@@ -159,7 +160,7 @@ class Session:
             self.models[key] = arm.make(text)
         return self.models[key]
 
-    def _features(self, picture, text: str) -> dict:
+    def _features(self, picture: Tensor, text: str) -> dict:
         if self.context.clip_vision is None:
             return {}
         found = features.embed_picture(self.context.clip_vision, picture)

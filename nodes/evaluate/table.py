@@ -20,6 +20,7 @@ def percent(row: dict, key: str = "share") -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
+    """A figure; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

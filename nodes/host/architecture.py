@@ -1,5 +1,7 @@
 """Models by the names that people give them, and those that draw nothing from a prompt."""
 
+from comfy.model_patcher import ModelPatcher
+
 from ... import hgr_models
 from ...hgr_models.architectures import NAMES as DRAWING
 from ...hgr_models.architectures import WAN
@@ -15,20 +17,20 @@ NO_PROMPT = frozenset({"SeedVR2"})
 SOUND_DIMENSIONS = 1
 
 
-def class_of(model) -> str:
+def class_of(model: ModelPatcher) -> str:
     """The name of core's class for a MODEL; "" where it has none."""
     config = getattr(model.model, "model_config", None)
     return "" if config is None else type(config).__name__
 
 
-def architecture_of(model) -> str:
+def architecture_of(model: ModelPatcher) -> str:
     """What people call a MODEL's architecture, such as "Flux.1"."""
     name = class_of(model)
     wan = name.startswith(("WAN21_", "WAN22_")) and name not in NAMES
     return NAMES.get(name, WAN if wan else name)
 
 
-def refuse_unprompted(model) -> None:
+def refuse_unprompted(model: ModelPatcher) -> None:
     """Raises HGRError for a MODEL that draws neither pictures nor videos from a prompt."""
     name, latent = architecture_of(model), model.get_model_object("latent_format")
     what = ""

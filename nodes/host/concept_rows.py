@@ -4,6 +4,9 @@ import math
 import uuid
 
 import comfy.samplers
+from comfy.model_base import BaseModel
+from comfy.samplers import CFGGuider
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ... import hgr_models
@@ -21,7 +24,7 @@ EXTENT = frozenset(
 )
 
 
-def encode_prompt(clip, prompt: str) -> list:
+def encode_prompt(clip: CLIP, prompt: str) -> list:
     """[tokens, extras] of a prompt. Raises HGRError without a CLIP, or where it gives one prompt several encodings."""
     if clip is None:
         raise hgr_models.HGRError("Expected a CLIP, but this checkpoint has none. Connect the CLIP that belongs to the model.")
@@ -38,7 +41,7 @@ def run_facts(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in ("latent_shapes",) if name in kwargs}
 
 
-def unconditional_of(guider) -> dict | None:
+def unconditional_of(guider: CFGGuider) -> dict | None:
     """The condition that the guidance starts from, at best one for the whole picture; PerpNegGuider's is the empty one."""
     conds = getattr(guider, "conds", {})
     entries = conds.get("empty_negative_prompt") or conds.get("negative") or []
@@ -46,7 +49,7 @@ def unconditional_of(guider) -> dict | None:
     return next(iter([*whole, *entries]), None)
 
 
-def encode_rows(guider, concepts: list[list], noise: Tensor, facts: dict) -> list[dict]:
+def encode_rows(guider: CFGGuider, concepts: list[list], noise: Tensor, facts: dict) -> list[dict]:
     """A condition per concept [tokens, extras], encoded for the model as core encodes the negative; [] without an unconditional.
 
     For SAMPLER_SAMPLE, where core has encoded the run's own. `facts`: core's latent_image, denoise_mask, seed and `run_facts`.
@@ -77,7 +80,7 @@ def past_warm_up(sigma: Tensor, limit: float) -> Tensor | None:
     return None if limit == math.inf else sigma.flatten() <= limit
 
 
-def units_of(model, sigma: Tensor) -> Tensor:
+def units_of(model: BaseModel, sigma: Tensor) -> Tensor:
     """`output_units` (B,) of a model at noise levels sigma (B,)."""
     sampling = model.model_sampling
     return hgr_models.output_units(sigma.flatten(), prediction_of(sampling), getattr(sampling, "sigma_data", 1.0))

@@ -4,20 +4,23 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+from torch import Tensor
 
 from .more_tokens import TOKENS
 
 IDS, WEIGHTS = "t5xxl_ids", "t5xxl_weights"
 
 
-def embeds_ids(model) -> bool:
+def embeds_ids(model: ModelPatcher) -> bool:
     """Whether a MODEL joins token ids to its prompts' tokens."""
     network = getattr(model.model, "diffusion_model", None)
     return hasattr(network, "llm_adapter") and hasattr(network, "preprocess_text_embeds")
 
 
 @torch.no_grad()
-def embedded(model, condition: dict) -> dict:
+def embedded(model: ModelPatcher | None, condition: dict) -> dict:
     """A condition with the tokens that a loaded MODEL reads in place of its ids; as it is where it has none."""
     if condition.get(IDS) is None or condition.get(TOKENS) is None or model is None or not embeds_ids(model):
         return condition
@@ -36,23 +39,23 @@ def embedded(model, condition: dict) -> dict:
 class EmbeddedClip:
     """A CLIP whose prompts are what its MODEL makes of them."""
 
-    def __init__(self, model, clip) -> None:
+    def __init__(self, model: ModelPatcher, clip: CLIP) -> None:
         self.model, self.clip = model, clip
 
-    def __getattr__(self, name) -> Any:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.clip, name)
 
-    def encode_from_tokens_scheduled(self, tokens, *args, **kwargs) -> list:
+    def encode_from_tokens_scheduled(self, tokens: dict, *args, **kwargs) -> list:
         """As core's."""
         entries = self.clip.encode_from_tokens_scheduled(tokens, *args, **kwargs)
         comfy.model_management.load_models_gpu([self.model])
         return [self._embedded(*entry) for entry in entries]
 
-    def _embedded(self, tokens, extras: dict) -> list:
+    def _embedded(self, tokens: Tensor, extras: dict) -> list:
         condition = embedded(self.model, {**extras, TOKENS: tokens})
         return [condition.pop(TOKENS), condition]
 
 
-def clip_for(model, clip) -> Any:
+def clip_for(model: ModelPatcher, clip: CLIP | None) -> Any:
     """The CLIP to learn a MODEL's prompts with."""
     return EmbeddedClip(model, clip) if clip is not None and embeds_ids(model) else clip

@@ -5,6 +5,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from comfy.sd import CLIP
 
 from ... import hgr_models
 from ...hgr_models.condition import narrower_width
@@ -15,7 +16,7 @@ from .encoding import QUOTED, encode_batch, text_of
 _known: WeakKeyDictionary = WeakKeyDictionary()  # of a CLIP's module: (patches, print); four prompts cost a T5 seconds
 
 
-def encoder_of(clip) -> EncoderPrint:
+def encoder_of(clip: CLIP) -> EncoderPrint:
     """The print of a CLIP as its loader made it: core's CLIP Set Last Layer does not count, LoRAs of the encoder do.
 
     Raises HGRError for a family whose conditions hold text that an HGR cannot rewrite.
@@ -33,7 +34,7 @@ def encoder_of(clip) -> EncoderPrint:
     return found
 
 
-def _encoded(clip, text: str) -> Any:
+def _encoded(clip: CLIP, text: str) -> Any:
     rows = text_of(encode_batch(clip, [text]), torch.zeros(1, 1))
     return rows.tokens, rows.pooled, rows.mask
 

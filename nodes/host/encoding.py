@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import torch
+from comfy.sd import CLIP
 
 from ...hgr_models.shards import Texts
 from .families import POOLED
@@ -21,17 +22,17 @@ LENGTHS = "safecfg_lengths"  # of the prompts of a padded batch, in its extras
 ROUNDED = 32  # padded lengths are multiples of it, so that different batches stack
 
 
-def encode_text(clip, text: str) -> list:
+def encode_text(clip: CLIP, text: str) -> list:
     """The CONDITIONING that core's CLIP Text Encode gives."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
-def encode_each(clip, prompts: list[str]) -> list:
+def encode_each(clip: CLIP, prompts: list[str]) -> list:
     """An entry [tokens (1, T, D), extras] of a CONDITIONING per prompt, as CLIP Text Encode makes it."""
     return [_only(clip.encode_from_tokens_scheduled(clip.tokenize(prompt))) for prompt in prompts]
 
 
-def encode_groups(clip, prompts: list[str], one_by_one: bool = False) -> list[tuple[list[int], list]]:
+def encode_groups(clip: CLIP, prompts: list[str], one_by_one: bool = False) -> list[tuple[list[int], list]]:
     """(rows, CONDITIONING of one entry with those rows) per group of prompts that core can evaluate as one batch.
 
     Prompts of different lengths never share a group: many models do not fully honour an attention mask, so that padding would
@@ -49,7 +50,7 @@ def encode_groups(clip, prompts: list[str], one_by_one: bool = False) -> list[tu
     return [(rows, [_joined(entries)]) for rows, entries in groups]
 
 
-def encode_batch(clip, prompts: list[str]) -> list:
+def encode_batch(clip: CLIP, prompts: list[str]) -> list:
     """A CONDITIONING of one entry with a row per prompt: tokens (B, T, D), pooled (B, P). To read, not to sample with.
 
     Shorter prompts are padded with zeros and masked; their own lengths (B,) are then in the extras, under LENGTHS.
@@ -79,12 +80,12 @@ def takes_no_rows(extras: dict) -> bool:
     return any(isinstance(value, torch.Tensor) and value.ndim == 1 for value in extras.values())
 
 
-def _rows_of_a_batch(one, other) -> bool:
+def _rows_of_a_batch(one: Any, other: Any) -> bool:
     both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
     return both and one.shape == other.shape and one.ndim > 1 and one.shape[0] == 1
 
 
-def _same(one, other) -> bool:
+def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return type(one) is type(other) and one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
@@ -188,7 +189,7 @@ def vary(columns: list[list[str]], fillers: tuple[str, ...], rng: random.Random)
     return [[before + text + after for text, (before, after) in zip(column, frames, strict=True)] for column in columns]
 
 
-def some_layer(clip, rng: random.Random) -> Any:
+def some_layer(clip: CLIP, rng: random.Random) -> Any:
     """The CLIP, in a part of the batches as core's CLIP Set Last Layer gives it; as it is where an encoder is none of CLIP's."""
     if rng.random() >= SKIPPED:
         return clip
@@ -199,7 +200,7 @@ def some_layer(clip, rng: random.Random) -> Any:
     return clip
 
 
-def reads_clip_alone(clip) -> bool:
+def reads_clip_alone(clip: CLIP) -> bool:
     """Whether all of a CLIP's encoders are CLIP's own, as those of Stable Diffusion and SDXL are."""
     tokens = clip.tokenize("")
     return isinstance(tokens, dict) and tokens.keys() <= CLIPS

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import comfy.model_sampling
+import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import hgr_models
@@ -75,7 +77,7 @@ class Text:
     mask: Tensor | None
 
 
-def prediction_of(model_sampling) -> str:
+def prediction_of(model_sampling: object) -> str:
     """The checkpoint's name for what a model predicts."""
     for name, ours in PREDICTIONS:
         kind = getattr(comfy.model_sampling, name, None)
@@ -88,7 +90,7 @@ def _describe(latent_format: str, channels: int, dimensions: int, prediction: st
     return f"{latent_format} latents ({channels} channels, {dimensions}-D) with {prediction} prediction"
 
 
-def family_of_model(model) -> str:
+def family_of_model(model: ModelPatcher) -> str:
     """The family of a MODEL in words, from its own facts (a node may have patched its sampling or its latent format)."""
     latent, facts = model.get_model_object("latent_format"), latents_of(model)
     prediction = prediction_of(model.get_model_object("model_sampling"))
@@ -112,14 +114,14 @@ class LatentFacts:
     of_prompts: bool = False  # as `HGRInfo.of_prompts`: latents are known
 
 
-def latents_of(model) -> LatentFacts:
+def latents_of(model: ModelPatcher) -> LatentFacts:
     """What a MODEL draws, by its latent format."""
     latent = model.get_model_object("latent_format")
     channels = PICTURE_CHANNELS.get(type(latent).__name__, latent.latent_channels)
     return LatentFacts(channels, getattr(latent, "latent_dimensions", 2))
 
 
-def refuse_image_to_image(model) -> None:
+def refuse_image_to_image(model: ModelPatcher) -> None:
     """Raises HGRError for a MODEL that predicts one picture from another: no guidance leads there, so none can be redirected."""
     refuse_unprompted(model)
     if (prediction := prediction_of(model.get_model_object("model_sampling"))) in IMAGE_TO_IMAGE:
@@ -129,7 +131,7 @@ def refuse_image_to_image(model) -> None:
         )
 
 
-def check_family(model, info: hgr_models.HGRInfo) -> None:
+def check_family(model: ModelPatcher, info: hgr_models.HGRInfo) -> None:
     """Raises HGRError when a checkpoint does not fit a MODEL, or when none can."""
     refuse_image_to_image(model)
     if info.of_prompts:
@@ -148,7 +150,7 @@ def check_family(model, info: hgr_models.HGRInfo) -> None:
     )
 
 
-def known_for(model, encoder: EncoderPrint | None = None) -> str:
+def known_for(model: ModelPatcher, encoder: EncoderPrint | None = None) -> str:
     """Which HGRs are known for a MODEL, and its text encoder where that is known, in words; "" where none is."""
     name, family = architecture_of(model), family_of_model(model)
     base = base_of_model(model) if hasattr(model.model, "diffusion_model") else ""
@@ -162,7 +164,7 @@ def known_for(model, encoder: EncoderPrint | None = None) -> str:
     return known_hgrs.in_words(fits, name, base, encoder)
 
 
-def base_of_model(model) -> str:
+def base_of_model(model: ModelPatcher) -> str:
     """The fingerprint of a MODEL's weights, without those that a LoRA or another patch changes."""
     patched = {str(key).removeprefix("diffusion_model.") for key in model.patches}
     # What another clone's LoRA has changed in the shared weights, as it was before.
@@ -171,14 +173,14 @@ def base_of_model(model) -> str:
     return hgr_models.fingerprint({k: before.get(k, v) for k, v in weights.items() if k not in patched})
 
 
-def readable_weights(network) -> dict[str, Tensor]:
+def readable_weights(network: torch.nn.Module) -> dict[str, Tensor]:
     """A network's state; where a loader keeps weights packed and shows hollow ones in their place (GGUF), the packed ones."""
     weights, held = network.state_dict(), dict(network.named_parameters())
     found = {name: held.get(name) if value.is_meta else value for name, value in weights.items()}
     return {name: value.as_subclass(Tensor) for name, value in found.items() if value is not None and not value.is_meta}
 
 
-def other_base(model, info: hgr_models.HGRInfo) -> str | None:
+def other_base(model: ModelPatcher, info: hgr_models.HGRInfo) -> str | None:
     """What to tell the user of a MODEL that is not the one an HGR was trained on; None when it is."""
     if not info.base or (base_of_model(model) == info.base and not model.patches):
         return None
@@ -238,7 +240,7 @@ def _check_widths(tokens: Tensor, pooled: Tensor | None, info: hgr_models.HGRInf
     return pooled if info.pooled_width else None
 
 
-def _holds_tensors(value) -> bool:
+def _holds_tensors(value: object) -> bool:
     if isinstance(value, dict):
         return any(map(_holds_tensors, value.values()))
     if isinstance(value, (list, tuple)):

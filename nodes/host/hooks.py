@@ -5,6 +5,8 @@ from typing import Any
 
 import comfy.model_management
 import numpy as np
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import Sampler
 from torch import Tensor
 
 PRE_CFG, CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
@@ -14,7 +16,7 @@ LENT = f"{KEY}_negative"  # a role of our own: the negative that the node lends 
 NEGATIVE_ROLES = ("negative", "empty_negative_prompt", LENT)  # every other role of a guider's conditions is a prompt to draw
 
 
-def without_safecfg(model, also: Iterable[str] = ()) -> Any:
+def without_safecfg(model: ModelPatcher, also: Iterable[str] = ()) -> Any:
     """A clone of a MODEL without SafeCFG Apply, and without wrappers of the keys in `also`."""
     model = model.clone()
     model.remove_additional_models(KEY)
@@ -25,7 +27,7 @@ def without_safecfg(model, also: Iterable[str] = ()) -> Any:
     return model
 
 
-def remove(model) -> bool:
+def remove(model: ModelPatcher) -> bool:
     """Takes SafeCFG out of a MODEL that the caller owns; whether it was there."""
     was_there = KEY in model.additional_models
     model.remove_additional_models(KEY)
@@ -46,7 +48,7 @@ def put_hooks(model_options: dict, hooks: dict) -> None:
         model_options[name] = ours + [f for f in others if not getattr(f, "_safecfg", False)]
 
 
-def is_training(sampler) -> bool:
+def is_training(sampler: Sampler) -> bool:
     """Whether core trains a LoRA with this sampler."""
     return bool(getattr(comfy.model_management, "in_training", False)) or type(sampler).__name__ == "TrainSampler"
 
@@ -68,7 +70,7 @@ class SafeCFGError(RuntimeError):
     __module__ = "safecfg"  # ComfyUI tells clients an exception's module, and the pack's is its path on the server
 
 
-def as_float32(value) -> float:
+def as_float32(value: float | Tensor) -> float:
     return float(np.float32(float(value)))
 
 

@@ -37,7 +37,7 @@ def make_schema(**attributes) -> io.Schema:
     return io.Schema(**{k: v for k, v in {**ours, **attributes, "search_aliases": ours["search_aliases"]}.items() if k in known})
 
 
-def defaults_of(node) -> dict:
+def defaults_of(node: type[io.ComfyNode]) -> dict:
     """The defaults of a node's widgets by name, for what a prompt of the API leaves out."""
     return {each.id: each.default for each in node.define_schema().inputs if getattr(each, "default", None) is not None}
 

@@ -1,7 +1,10 @@
 """ComfyUI's server, where there is one."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from comfy_execution.utils import get_executing_context
 
 
 def current_server() -> Any:
@@ -24,3 +27,9 @@ def show_text(text: str, node_id: str | None, client: str | None = None) -> None
     if server is None or node_id is None or not hasattr(server, "send_progress_text"):
         return
     server.send_progress_text(text.translate(HARMLESS), node_id, *([] if client is None else [client]))
+
+
+def speaker() -> Callable[[str], None]:
+    """A function that shows a line of text on the node that runs now, whenever it is called; nowhere where none runs."""
+    context = get_executing_context()
+    return lambda text: show_text(text, None if context is None else context.node_id)

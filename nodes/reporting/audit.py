@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import folder_paths
-from comfy_execution.utils import get_executing_context
+from comfy_execution.utils import ExecutionContext, get_executing_context
 
 from ..host.server import current_server
 from .traces import ImageTrace
@@ -85,7 +86,7 @@ def records(traces: list[ImageTrace], level: str) -> list[str]:
     ]
 
 
-def _current_prompt(context) -> list[str] | None:
+def _current_prompt(context: ExecutionContext | None) -> list[str] | None:
     """The texts of the running sampler's positive prompts, from the graph that the server is running."""
     server = current_server()
     if context is None or server is None:
@@ -119,7 +120,7 @@ def _towards_prompts(inputs: dict, slot: int) -> list[tuple[str, int]]:
     return [(str(value[0]), value[1]) for name, value in inputs.items() if name in names and _is_link(value)]
 
 
-def _text(graph: dict, value) -> str | None:
+def _text(graph: dict, value: Any) -> str | None:
     """A text that stands in a node, or in the one it comes from when that holds nothing else."""
     if _is_link(value):
         strings = [v for v in graph.get(str(value[0]), {}).get("inputs", {}).values() if isinstance(v, str)]
@@ -127,5 +128,5 @@ def _text(graph: dict, value) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_link(value) -> bool:
+def _is_link(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2

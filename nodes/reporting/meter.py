@@ -6,7 +6,7 @@ later step; only the message at the end of a run waits for nothing more than the
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class Meter:
         if (server := self._server()) is not None:
             self._send(server, {"series": [], "done": True, "stopped": reason})
 
-    def _send(self, server, message: dict) -> None:
+    def _send(self, server: Any, message: dict) -> None:
         context = get_executing_context()
         message |= {
             "node": self.node_id,
@@ -105,5 +105,5 @@ def _reading(step: int, harmfulness: np.ndarray, thresholds: np.ndarray, weights
     }
 
 
-def _numbers(values) -> list[float | None]:
+def _numbers(values: Iterable[float]) -> list[float | None]:
     return [number(value) for value in values]

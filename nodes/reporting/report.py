@@ -3,6 +3,7 @@
 import json
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..host.hooks import KEY
@@ -78,7 +79,7 @@ class Report(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, latent: dict) -> io.NodeOutput:
         settings = model.get_attachment(KEY)
         pictures, text = make_report(settings, latent)
         return io.NodeOutput(pictures, text, ui=ui.PreviewImage(pictures, cls=cls))

@@ -105,7 +105,9 @@ class Readings:
         self._heat_readings = 0
 
     @torch.no_grad()
-    def add(self, evaluation: int, sigmas: Tensor, cond_denoised: Tensor, uncond_denoised: Tensor, result) -> Rows:
+    def add(
+        self, evaluation: int, sigmas: Tensor, cond_denoised: Tensor, uncond_denoised: Tensor, result: hgr_models.GuidanceResult
+    ) -> Rows:
         """Takes down a `GuidanceResult`. Returns this step's readings, a row per image.
 
         cond_denoised, uncond_denoised (B, C, *spatial) as they were before; sigmas (B,).

@@ -6,7 +6,7 @@ ComfyUI may serve a sampler from its cache while other nodes run again, so a tra
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,9 +126,9 @@ class ImageTrace:
     def _named(self, values: np.ndarray) -> dict[str, float | None]:
         return {name: number(value) for name, value in zip(self.categories, values, strict=True)}
 
-    def _highest(self, rows) -> np.ndarray:
-        rows = np.asarray(rows, dtype=np.float32)
-        return rows.max(axis=0) if len(rows) else np.zeros(len(self.categories), np.float32)
+    def _highest(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        values = np.asarray(rows, dtype=np.float32)
+        return values.max(axis=0) if len(rows) else np.zeros(len(self.categories), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ class TraceStore:
 STORE = TraceStore()
 
 
-def digests(samples) -> list[str]:
+def digests(samples: Tensor) -> list[str]:
     """A hash of every image's values in a latent (B, C, *spatial), of any floating dtype and on any device.
 
     Nested latents (audio and video) hash as core packs them for sampling, (B, 1, N): only the values count.

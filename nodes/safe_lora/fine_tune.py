@@ -1,19 +1,17 @@
 """`SafeCFG Fine-tune Safe LoRA`: an ordinary LoRA that makes a model safe wherever it is loaded, from unlabelled prompts."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
-from comfy_execution.utils import get_executing_context
 
 from ... import hgr_models
 from ...hgr_models import training_state as state
 from ...hgr_models.lora import LAYERS, LoraSettings, load_lora, save_lora
 from ...hgr_models.lora_samples import read_samples
 from ..host.schema import HGR_TYPE, PROMPTS_TYPE, defaults_of, make_input, make_schema
-from ..host.server import show_text
+from ..host.server import speaker
 from ..training.inputs import end_inputs, latent_input, number, run_inputs, run_settings
 from ..training.plan import make_folder, recording_folder
 from .inputs import gather_pictures, gather_prompts
@@ -57,16 +55,6 @@ def make_plan(name: str, hgr, values: dict, model=None) -> LoraPlan:
         name, run_settings({"negatives": "", **values}, model), values["runs"], values["steps"], values["learning_rate"],
         LoraSettings(values["rank"], values["alpha"], values["layers"]), hgr_models.CategorySettings(strengths), values["checkpointing"],
     )  # fmt: skip
-
-
-def speaker() -> Callable:
-    """A function that shows a line of text on the node that runs."""
-    context = get_executing_context()
-
-    def say(text: str) -> None:
-        show_text(text, None if context is None else context.node_id)
-
-    return say
 
 
 class FineTuneSafeLora(io.ComfyNode):
