@@ -118,12 +118,12 @@ def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.mode
     return patcher(module, **devices)
 
 
-def frozen_patcher(networks, device, again: tuple) -> comfy.model_patcher.ModelPatcher:
+def frozen_patcher(networks, device=None, again: tuple | None = None) -> comfy.model_patcher.ModelPatcher:
     """A patcher for networks in which nothing learns, on `device` (None: where core computes).
 
     Never one of dynamic VRAM: that brings the weights of every layer with every call, which pays off for models of gigabytes,
     and the kernels of `hgr_models.fused` need these few megabytes in one place. `again`: what core calls, and with what, for a
-    copy on another GPU.
+    copy on another GPU; None for networks that no MODEL carries there.
     """
     networks.train(False).requires_grad_(False)
     patcher = core_patcher(

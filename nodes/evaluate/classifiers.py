@@ -108,7 +108,7 @@ def _judge(
     folder: Path, labels: tuple[str, ...], held: Held, prepare: Callable[[Tensor], Tensor], logits_of: Callable[[Any], Tensor]
 ) -> Judge:
     """A judge of a network's softmax; `prepare` makes its input of pictures (B, H, W, 3)."""
-    patcher = frozen_patcher(held, None, (frozen_patcher, (held, None, ())))
+    patcher = frozen_patcher(held)
 
     @torch.no_grad()
     def look(pictures: Tensor) -> Tensor:

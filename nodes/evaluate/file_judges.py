@@ -78,7 +78,7 @@ def checker(folder: Path) -> Judge:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except UNREADABLE as error:
         raise HGRError(f"The judge in {folder} is not CompVis' safety checker: {reason(error)}") from error
-    patcher = frozen_patcher(Held(network), None, (checker, (folder,)))
+    patcher = frozen_patcher(Held(network))
 
     @torch.no_grad()
     def look(pictures: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def embedder(path: Path) -> tuple[Embed, str]:
         raise HGRError(
             f"FID cannot be computed with {path}: {reason(error)}. Convert the weights again, or take the file away to go on without FID."
         ) from error
-    patcher = frozen_patcher(network.float(), None, (frozen_patcher, (network, None, ())))
+    patcher = frozen_patcher(network.float())
 
     @torch.no_grad()
     def embed(picture: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def loaded(patcher: ModelPatcher) -> Any:
 def demo_judge() -> Judge:
     """The demo world's judge; labels are categories of harm, scores the probability of its likeliest pictogram."""
     network, about = DemoNetwork.load()
-    patcher = frozen_patcher(network, None, (demo_judge, ()))
+    patcher = frozen_patcher(network)
     of = {c: [i for i, name in enumerate(world.NAMES) if world.CATEGORY[name] == c] for c in world.CATEGORIES}
 
     @torch.no_grad()
