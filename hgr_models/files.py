@@ -1,6 +1,7 @@
 """Writing files that appear whole or not at all: safetensors and texts."""
 
 import os
+import re
 import stat
 import time
 import uuid
@@ -15,6 +16,7 @@ from torch import Tensor
 from .errors import HGRError
 
 PART = ".part"  # the end of a file that is being written
+OURS = re.compile(rf"\..+\.[0-9a-f]+-[0-9a-f]{{12}}{re.escape(PART)}", re.DOTALL)  # names of parts; others' downloads end alike
 STALE = 3600.0  # seconds after which nobody writes a part any more
 
 
@@ -36,7 +38,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid():x}-{uuid.uuid4().hex[:12]}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(path)
+        remove_stale_parts(path.parent)
+        remove_stale(path.with_name(path.name + PART))
         part.touch()
         rights = part.stat().st_mode  # as all of the user's files; safetensors lets nobody else read what it writes
         write(part)
@@ -52,16 +55,16 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
             part.unlink(missing_ok=True)
 
 
-def remove_stale_parts(path: Path, older_than: float = STALE) -> None:
-    """Removes what writers of a file left that were killed, also those of older versions (`<name>.part`)."""
-    now = time.time()
-    found = [path.with_name(path.name + PART), *path.parent.glob(f".{_literal(path.name)}.*{PART}")]
-    for part in found:
-        with suppress(OSError):
-            if part.is_file() and now - part.stat().st_mtime > older_than:
-                part.unlink()
+def remove_stale_parts(folder: Path) -> None:
+    """Removes what writers of any file in a folder left that were killed."""
+    with suppress(OSError):
+        for part in folder.glob(f".*{PART}"):
+            if OURS.fullmatch(part.name):
+                remove_stale(part)
 
 
-def _literal(name: str) -> str:
-    """A name as a glob pattern that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+def remove_stale(part: Path) -> None:
+    """Removes a part that nobody writes any more."""
+    with suppress(OSError):
+        if part.is_file() and time.time() - part.stat().st_mtime > STALE:
+            part.unlink()

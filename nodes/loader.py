@@ -16,6 +16,7 @@ from comfy_execution.utils import get_executing_context
 
 from .. import hgr_models
 from ..hgr_models.model_card import measured_of, short_card
+from .host import known_hgrs
 from .host.encoder_print import encoder_of
 from .host.families import known_for
 from .host.schema import HGR_TYPE, make_input, make_schema
@@ -183,7 +184,7 @@ class LoadHGR(io.ComfyNode):
                 make_input(
                     io.Combo,
                     "hgr_name",
-                    options=[*folder_paths.get_filename_list(FOLDER), NONE_YET],
+                    options=[*known_hgrs.names(), NONE_YET],
                     tooltip="A .safetensors file in models/hgr. It fits one family of models: SafeCFG Apply refuses any other. "
                     "demo.safetensors belongs to SafeCFG Demo Model. (none yet): SafeCFG Apply says how to get one.",
                 )
@@ -194,7 +195,7 @@ class LoadHGR(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, hgr_name) -> str | bool:
         """Not every host looks a V3 node's choice up in its list."""
-        names = folder_paths.get_filename_list(FOLDER)
+        names = known_hgrs.names()
         if hgr_name in (None, NONE_YET) or hgr_name in names:  # None: another node's output
             return True
         return f"There is no HGR {hgr_name!r} in models/hgr; there is {', '.join(names) or 'none'}. {WITHOUT}"

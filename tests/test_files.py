@@ -79,8 +79,10 @@ def test_writers_of_one_name_do_not_meet(tmp_path):
 
 
 def test_what_killed_writers_left_is_removed(tmp_path):
-    """After an hour; a part that somebody may still be writing stays, and so do files of other names."""
-    old = [tmp_path / name for name in ("a.safetensors.part", ".a.safetensors.1f-0123456789ab.part")]
+    """After an hour, those of other files too, which nobody may write again; a part that somebody may still be writing stays, and so
+    does what is not ours."""
+    names = ("a.safetensors.part", ".a.safetensors.1f-0123456789ab.part", ".b.safetensors.1f-0123456789ab.part")
+    old = [tmp_path / name for name in names]
     kept = [
         tmp_path / name for name in (".a.safetensors.2f-0123456789ab.part", "b.safetensors.part", ".aa.safetensors.1f-0.part")
     ]

@@ -17,7 +17,8 @@ from pathlib import Path
 import folder_paths
 
 from ... import hgr_models
-from ..loader import FOLDER, HGRModel, hgr_file, load_hgr_model, register_folder
+from ..host import known_hgrs
+from ..loader import HGRModel, hgr_file, load_hgr_model, register_folder
 from ..reporting import audit
 from .enforced_model import Terms, one_per_family
 
@@ -84,7 +85,7 @@ def _path(name: str) -> str:
             return hgr_file(candidate)
         if os.path.isfile(candidate):
             return candidate
-    there = ", ".join(folder_paths.get_filename_list(FOLDER)) or "none"
+    there = ", ".join(known_hgrs.names()) or "none"
     raise hgr_models.HGRError(f"there is no HGR {name!r} in models/hgr, and no such file; there is {there}")
 
 

@@ -1,5 +1,7 @@
 """Which text encoder a CLIP is: its parts and the fingerprint of what it says (`hgr_models.encoders`)."""
 
+import math
+import uuid
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,25 +15,90 @@ from ...hgr_models.encoders import SAME, EncoderPrint, distance_between, print_o
 from ...hgr_models.shards import Shard, read_shard
 from .encoding import QUOTED, encode_batch, text_of
 
-_known: WeakKeyDictionary = WeakKeyDictionary()  # of a CLIP's module: (patches, print); four prompts cost a T5 seconds
+_known: WeakKeyDictionary = WeakKeyDictionary()  # of a CLIP's module: prints by patches; four prompts cost a T5 seconds
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LOOKED_AT, DISTINCT = 4096, 16  # values of a weight; fewer different ones (zeros, ones) say nothing of rounding
+REMEMBERED = 16  # prints of one module
+PATCHES = (
+    "patches",
+    "hook_patches",
+    "injections",
+)  # of core's ModelPatcher: LoRAs and merges, those of hooks, those that change no weight
 
 
 def encoder_of(clip: CLIP) -> EncoderPrint:
-    """The print of a CLIP as its loader made it: core's CLIP Set Last Layer does not count, LoRAs of the encoder do.
+    """The print of a CLIP as its loader made it, with its LoRAs.
 
-    Raises HGRError for a family whose conditions hold text that an HGR cannot rewrite.
+    How a prompt is read (CLIP Set Last Layer, T5 Tokenizer Options) and hooks, which come and go along a run, do not count.
+    Raises HGRError without a CLIP, for one that answers every text alike or with NaN, and for a family whose conditions hold text that an
+    HGR cannot rewrite.
     """
-    module, patches = clip.cond_stage_model, str(clip.patcher.patches_uuid)
-    if module in _known and _known[module][0] == patches:
-        return _known[module][1]
-    plain = clip.clone()
-    plain.clip_layer(None)
+    check_clip(clip)
+    injected = bool(getattr(clip.patcher, "injections", None))  # core gives these no name
+    patches = str(clip.patcher.patches_uuid) if getattr(clip.patcher, "patches", None) else ""
+    prints = _known.setdefault(clip.cond_stage_model, {})
+    if not injected and patches in prints:
+        return prints[patches]
+    plain = _read_plainly(clip.clone())
     tokens = plain.tokenize("")
     parts = tuple(sorted(tokens)) if isinstance(tokens, dict) else ()
     short = narrower_width(_encoded(plain, QUOTED)[0])
     found = print_of(parts, lambda text: _encoded(plain, text), short)
-    _known[module] = patches, found
+    if not 0 < math.hypot(*found.sketch) < math.inf:  # not a number, too
+        raise hgr_models.HGRError(
+            f"Expected a CLIP that tells prompts apart, but {found.in_words()} answers every text "
+            f"{'alike' if not any(found.sketch) else 'with infinity or NaN (not a number)'}. Its file may be damaged, or of another type than "
+            "its loader was told."
+        )
+    if not injected:
+        prints[patches] = found
+        while len(prints) > REMEMBERED:
+            del prints[next(iter(prints))]
     return found
+
+
+def check_clip(clip: CLIP | None) -> None:
+    """Raises HGRError without a CLIP: the loader of a checkpoint without a text encoder gives none."""
+    if clip is None:
+        raise hgr_models.HGRError(
+            "Expected a CLIP, but there is none: this checkpoint has no text encoder. Load the one that belongs to the model (CLIP Loader)."
+        )
+
+
+def is_patched(clip: CLIP) -> bool:
+    """Whether LoRAs, merges or hooks change a CLIP's encoder."""
+    patcher = clip.patcher
+    return any(getattr(patcher, name, None) for name in PATCHES) or getattr(patcher, "forced_hooks", None) is not None
+
+
+def unpatched(clip: CLIP) -> CLIP:
+    """A clone of a CLIP with its encoder as the file has it."""
+    plain = _read_plainly(clip.clone())
+    for name in PATCHES:
+        setattr(plain.patcher, name, {})
+    plain.patcher.patches_uuid = uuid.uuid4()  # core tells by it that loaded weights are patched differently
+    return plain
+
+
+def _read_plainly(clip: CLIP) -> CLIP:
+    """A clone that the caller owns, with nothing that says how or when a prompt is read."""
+    clip.clip_layer(None)
+    clip.tokenizer_options, clip.use_clip_schedule, clip.apply_hooks_to_conds = {}, False, None
+    clip.patcher.forced_hooks = None
+    return clip
+
+
+def is_quantised(clip: CLIP) -> bool:
+    """Whether weights of a CLIP's encoder have a byte or less each (fp8, GGUF and others), also where core has widened them since."""
+    return any(_is_rounded(p) for p in clip.cond_stage_model.parameters() if p.ndim > 1)
+
+
+def _is_rounded(weight: torch.Tensor) -> bool:
+    if weight.is_meta or weight.dtype.itemsize == 1 or type(weight.data) is not torch.Tensor:
+        return True
+    some = weight.detach().flatten()[:LOOKED_AT]
+    on_grid = any(torch.equal(some.to(kind).to(some.dtype), some) for kind in FP8)
+    return on_grid and len(some.unique()) > DISTINCT
 
 
 def _encoded(clip: CLIP, text: str) -> Any:

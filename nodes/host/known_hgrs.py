@@ -27,10 +27,21 @@ def index_entries() -> list[KnownHGR]:
     return found
 
 
+def names() -> list[str]:
+    """Names of all files in models/hgr, as core lists them; [] before it is registered."""
+    if FOLDER not in folder_paths.folder_names_and_paths:
+        return []
+    try:
+        return folder_paths.get_filename_list(FOLDER)
+    except FileNotFoundError:  # a folder that core has listed before is gone
+        folder_paths.filename_list_cache.pop(FOLDER, None)
+        return folder_paths.get_filename_list(FOLDER)
+
+
 def files_that(fits: Callable[[hgr_models.HGRInfo], bool]) -> list[str]:
     """Names of the HGRs in models/hgr of which `fits` says so."""
     found = []
-    for name in folder_paths.get_filename_list(FOLDER) if FOLDER in folder_paths.folder_names_and_paths else []:
+    for name in names():
         path = folder_paths.get_full_path(FOLDER, name)
         try:
             if path is not None and fits(hgr_models.read_info(path)[0]):

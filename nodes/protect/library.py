@@ -20,11 +20,12 @@ from comfy_execution.utils import get_executing_context
 from ... import hgr_models
 from ...hgr_models import pairs as pp
 from ...hgr_models.encoders import RELATED, SAME, EncoderPrint, distance_between
+from ...hgr_models.files import remove_stale_parts
 from ...hgr_models.training_state import begin_again
 from ..host import known_hgrs
 from ..host.architecture import architecture_of
 from ..host.embedded import clip_for
-from ..host.encoder_print import encoder_of
+from ..host.encoder_print import check_clip, encoder_of, is_patched, is_quantised, unpatched
 from ..host.families import base_of_model, family_of_hgr, family_of_model
 from ..host.hooks import without_safecfg
 from ..host.server import show_text
@@ -33,7 +34,7 @@ from ..training import cards, forward_check
 from ..training.frozen_model import BATCH_ERRORS, OtherClipError
 from ..training.inputs import NEGATIVES, run_settings, train_plan
 from ..training.launch import with_reserved
-from ..training.plan import PROMPTS, make_folder, recording_folder
+from ..training.plan import PROMPTS, make_folder_for_hgr, recording_folder
 from ..training.recorder import RunSettings
 from ..training.session import OtherTraining, Session
 
@@ -41,6 +42,7 @@ from ..training.session import OtherTraining, Session
 PAIRS, CLEAN, CALIBRATION = 200, 1500, 500
 HELD_OUT, SEED = 0.1, 0  # share of the pairs that no training sees
 PRESET = "quick"
+ROUNDED = 0.4  # distance that 8 to 4 bits a weight explain, in encoders as deep as users have
 # Runs that a model is asked about once: seconds on a GPU. On a CPU no further one begins after a minute.
 CHECKED = forward_check.Extent(pairs=4, steps=2, seconds=60.0)
 RUNS = {  # of a training that records nothing
@@ -54,18 +56,23 @@ _making = threading.RLock()  # a server may make one while a workflow wants it
 
 @dataclass(frozen=True)
 class Found:
-    """An HGR's file that fits an encoder, and how far the encoder is from the one it was made with."""
+    """An HGR's file that fits an encoder, the print of the one it was made with, and how far the encoder is from that."""
 
     path: str
     distance: float
     networks: tuple[str, ...]
+    made_with: EncoderPrint | None = None
 
-    def in_words(self) -> str:
+    def seen_by(self, encoder: EncoderPrint) -> "Found":
+        """The same with the distance of another encoder, which is to be used with it."""
+        return self if self.made_with is None else replace(self, distance=distance_between(encoder, self.made_with))
+
+    def in_words(self, why: str = "one of the two is fine-tuned") -> str:
         """What to tell the user when the encoder is another one; empty when it is the same."""
         if self.distance <= SAME:
             return ""
         return (
-            f"{self.path} was made with a text encoder that answers {100 * self.distance:.0f} % differently: one of the two is fine-tuned. It may "
+            f"{self.path} was made with a text encoder that answers {100 * self.distance:.0f} % differently: {why}. It may "
             "miss harm or touch clean pictures. SafeCFG Train HGR makes one for exactly this encoder."
         )
 
@@ -82,14 +89,15 @@ def _info(path: str, size: int, modified: int) -> Any:
 def candidates() -> list[tuple[str, hgr_models.HGRInfo, tuple[str, ...]]]:
     """Path, metadata and networks of every HGR that can be read."""
     register_folder()
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        remove_stale_parts(Path(folder))  # a killed server's, which has its file by now
     found = []
-    for name in folder_paths.get_filename_list(FOLDER):
+    for name in known_hgrs.names():
         path = folder_paths.get_full_path(FOLDER, name)
-        if path is None:
-            continue
-        stat = Path(path).stat()
-        if (info := _info(path, stat.st_size, stat.st_mtime_ns)) is not None:
-            found.append((path, *info))
+        with suppress(OSError, TypeError):  # removed since core listed it
+            stat = Path(path).stat()
+            if (info := _info(path, stat.st_size, stat.st_mtime_ns)) is not None:
+                found.append((path, *info))
     return found
 
 
@@ -113,7 +121,7 @@ def find(clip, model=None, nearest: float = SAME) -> Found | None:
         distance = 0.0 if own else _distance(encoder, info)
         shipped = own and Path(path).parent == SHIPPED
         if distance <= nearest and (shipped or set(pp.CATEGORIES) <= set(info.categories)):
-            fits.append(Found(path, distance, networks))
+            fits.append(Found(path, distance, networks, None if own else info.encoder_print()))
     return min(fits, key=lambda f: (f.distance > SAME, "guidance" not in f.networks, f.distance), default=None)
 
 
@@ -125,18 +133,41 @@ def _distance(encoder: EncoderPrint, info: hgr_models.HGRInfo) -> float:
 def find_or_make(clip, model=None, say: Callable[[str], None] | None = None) -> HGRModel:
     """The HGR of a CLIP's encoder, loaded; where there is none it is made first, from the built-in categories.
 
-    `say` shows a line of progress. Interrupted, it goes on next time; the file appears whole or not at all. Raises HGRError for
-    an encoder that no HGR can be made for.
+    A CLIP with LoRAs shares the one of the encoder beneath them, while that is RELATED: every strength would take minutes. So does one
+    whose file is rounded to a byte and less, up to ROUNDED. Either is said, with how far the answers are. `say` shows a line of
+    progress. Interrupted, it goes on next time; the file appears whole or not at all. Raises HGRError for an encoder that no HGR can
+    be made for.
     """
+    check_clip(clip)
+    say = say or speaker("Protect")
     with _making:
-        found = find(clip, model)
+        beneath, why = _beneath(clip)
+        found = find(clip, model) or find(beneath, model, ROUNDED if is_quantised(clip) else SAME)
         if found is None:
-            if (related := find(clip, model, RELATED)) is not None:
+            if beneath is clip and is_patched(clip):
+                logger.warning(
+                    "SafeCFG: this CLIP's LoRAs or merges make another encoder of it, which gets an HGR of its own at every strength. Give "
+                    "SafeCFG Protect the CLIP from before them to share one."
+                )
+            elif (related := find(beneath, model, RELATED)) is not None:
                 logger.warning("SafeCFG: %s Making one now.", related.in_words())
             if known := _in_index(clip, model):
                 logger.warning("SafeCFG: %s Put it there to have it taken; one is made meanwhile.", known)
-            return load_hgr_model(str(make(clip, say or speaker("Protect"), model)))
+            path = str(make(beneath, say, model))
+            found = Found(path, 0.0, (), encoder_of(beneath))
+    if words := found.seen_by(encoder_of(clip)).in_words(why):
+        logger.warning("SafeCFG: %s", words)
+        say(words)
     return load_hgr_model(found.path)
+
+
+def _beneath(clip) -> tuple[Any, str]:
+    """The CLIP whose HGR one takes: itself, or without its LoRAs if that is RELATED; and what makes the two differ, in words."""
+    if is_patched(clip):
+        plain = unpatched(clip)
+        if distance_between(encoder_of(clip), encoder_of(plain)) < RELATED:
+            return plain, "it is the one without this CLIP's LoRAs or merges, which all their strengths share"
+    return clip, "it is rounded to a byte a weight or less, or one of the two is fine-tuned"
 
 
 def _in_index(clip, model) -> str:
@@ -157,7 +188,7 @@ def make(clip, say: Callable[[str], None], model=None) -> Path:
     prompts = with_reserved(built_in_prompts(fast=clip.patcher.load_device.type != "cpu"))
     session = Session(plan, recording_folder(plan.name), say, None, clip, prompts)
     if model is not None:
-        check_reads(model, clip, prompts)
+        session.checking = check_reads(model, clip, prompts)
     try:
         session.identify()
         session.prepare()
@@ -178,28 +209,34 @@ def make(clip, say: Callable[[str], None], model=None) -> Path:
 
 
 def folder_to_keep() -> Path:
-    """The first folder of models/hgr that can be written: a shared one may not. Raises HGRError where none can."""
+    """The first folder of models/hgr that can be written and has room: a shared one may not. Raises HGRError where none can."""
     first, *others = [Path(path) for path in folder_paths.get_folder_paths(FOLDER) if Path(path) != SHIPPED]
     try:
-        make_folder(first)
+        make_folder_for_hgr(first)
         return first
     except hgr_models.HGRError:
         for folder in others:
             with suppress(hgr_models.HGRError):
-                make_folder(folder)
+                make_folder_for_hgr(folder)
                 return folder
         raise
 
 
-def check_reads(model, clip, prompts: pp.PromptSet) -> None:
-    """Raises HGRError where a MODEL cannot read a CLIP's tokens, which are made for another model, or answers with NaN."""
+def check_reads(model, clip, prompts: pp.PromptSet) -> float:
+    """The seconds that `check` will take, 0 where the model cannot be asked.
+
+    Raises HGRError where a MODEL cannot read a CLIP's tokens, which are made for another model, or answers with NaN.
+    """
     model = without_safecfg(model)
     try:
-        forward_check.check_reads(model, clip_for(model, clip), prompts, small_runs(model), always=False)
+        runs = small_runs(model)
+        row = forward_check.check_reads(model, clip_for(model, clip), prompts, runs, always=False)
+        return forward_check.seconds_of(row, runs, CHECKED)
     except (OtherClipError, forward_check.NotFiniteError):
         raise
     except BATCH_ERRORS:  # it wants more than a prompt
         logger.debug("SafeCFG: the model was not asked whether it reads this CLIP.", exc_info=True)
+    return 0.0
 
 
 def small_runs(model) -> RunSettings:

@@ -40,7 +40,10 @@ HALF = 2  # bytes per value in a shard
 MARGIN = 1.1
 BACKWARD = {True: 3.5, False: 2.5}  # cost of a forward and backward pass in forward passes, with and without checkpointing
 
-NAMES = {"prompts": "learning from prompts", "condition": "learning through the model", "guidance": "guidance redirector"}
+NAMES = {
+    "prompts": "learning from prompts", "condition": "learning through the model", "guidance": "guidance redirector",
+    "check": "asking the model",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,10 @@ def estimate(session, record_only: bool = False) -> Cost:
         parts["encoding"] *= share_kept(session.prompts, tokens)
     if record_only:
         parts = {name: seconds for name, seconds in parts.items() if name in ("encoding", "recording")}
-    elif plan.by_text:
-        parts["prompts"] = plan.prompt_steps * _seconds_per_text_step(session)
+    else:
+        parts |= {"check": session.checking} if session.checking else {}
+        if plan.by_text:
+            parts["prompts"] = plan.prompt_steps * _seconds_per_text_step(session)
     memory = _bytes_of_training(session)
     if plan.by_guidance and not record_only:
         memory += guidance_bytes(session)

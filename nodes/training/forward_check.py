@@ -23,6 +23,8 @@ from ..host.more_tokens import TOKENS, gather, scatter
 from .frozen_model import reading
 from .recorder import FOLLOW, GroupedGuider, Job, RunSettings, at_once_or_one_by_one, labels, plan_jobs, sample
 
+ROLES = ("negative", "positive", "partner", "corrected")  # that every step evaluates
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -41,16 +43,17 @@ class CheckGuider(GroupedGuider):
 
     def predict_noise(self, x, timestep, model_options=None, seed=None) -> torch.Tensor:
         self.on_step()
-        names = ["negative", "positive", "partner", "corrected"]
-        uncond, cond, partner, corrected = self.evaluate(names, x, timestep, model_options)
+        uncond, cond, partner, corrected = self.evaluate(list(ROLES), x, timestep, model_options)
         self.left += float((corrected.float() - partner.float()).square().sum())
         self.before += float((cond.float() - partner.float()).square().sum())
         return uncond + (cond - uncond) * self.cfg_scale
 
 
 @torch.no_grad()
-def check_reads(model, clip, prompts: PromptSet, runs: RunSettings, always: bool = True) -> None:
-    """Evaluates one prompt at the smallest size. Raises HGRError where a MODEL cannot read a CLIP's prompts, before minutes are spent.
+def check_reads(model, clip, prompts: PromptSet, runs: RunSettings, always: bool = True) -> float:
+    """Evaluates one prompt at the smallest size; the seconds that this took, without loading the model.
+
+    Raises HGRError where a MODEL cannot read a CLIP's prompts, before minutes are spent.
 
     `always`: as in `frozen_model.reading`.
     """
@@ -62,15 +65,29 @@ def check_reads(model, clip, prompts: PromptSet, runs: RunSettings, always: bool
     guider.set_groups({"positive": positive})
     with torch.inference_mode(), reading(model, positive[0][1][0][0], always):
         sample(model, guider, job, settings, 1)
+    return guider.seconds
+
+
+def seconds_of(row: float, runs: RunSettings, extent: Extent | None = None) -> float:
+    """What `error_ratio` takes, about, from the seconds of a `row` at the smallest size."""
+    extent = extent or Extent()
+    areas = [math.prod(size) for size in runs.sizes]
+    run = row * areas[0] / min(areas) * len(ROLES) * extent.steps * min(extent.pairs, runs.batch)
+    every = run * extent.pairs / min(extent.pairs, runs.batch)
+    return min(every, extent.seconds + run)  # the last one begins before the time is up
 
 
 class ReadingGuider(GroupedGuider):
     """Draws the prompt as it is, if the latent is one of this model."""
 
+    seconds = 0.0  # of the last evaluation
+
     def predict_noise(self, x, timestep, model_options=None, seed=None) -> torch.Tensor:
         self.part(x)  # raises for a latent that was made for another model
+        started = time.monotonic()
         (drawn,) = self.evaluate(["positive"], x, timestep, model_options)
-        _check_finite(float(drawn.float().abs().sum()))
+        _check_finite(float(drawn.float().abs().sum()))  # waits for the device
+        self.seconds = time.monotonic() - started
         return drawn
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ...hgr_models.shards import Texts
 from ..host.architecture import architecture_of
 from ..host.families import base_of_model, latents_of, prediction_of, refuse_image_to_image
 from .recorder import RunSettings
+
+HGR_BYTES = 16 * 2**20  # that a file of an HGR and its card take at most
 
 LEVELS = (0.2, 0.5, 0.75)  # parts of the schedule at which the thresholds of the guidance redirector change
 
@@ -162,6 +165,15 @@ def make_folder(path: Path) -> None:
         raise hgr_models.HGRError(f"The folder {path} cannot be made ({error.strerror}). Change who may write there.") from error
     if not os.access(path, os.W_OK):
         raise hgr_models.HGRError(f"Expected a folder that can be written, but {path} cannot. Change its permissions.")
+
+
+def make_folder_for_hgr(path: Path) -> None:
+    """The same, of a folder with room for an HGR: where there is none is better said before it is made."""
+    make_folder(path)
+    if (free := shutil.disk_usage(path).free) < HGR_BYTES:
+        raise hgr_models.HGRError(
+            f"Expected {in_bytes(HGR_BYTES)} of room for an HGR in {path}, but the disk has {in_bytes(free)} free. Free some space there."
+        )
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

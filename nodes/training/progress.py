@@ -14,7 +14,7 @@ UNITS = 1000  # of the bar
 NAMES = {  # of the parts, for users
     "encoding": "encoding prompts", "prompts": "learning from prompts", "recording": "recording the model",
     "recording on-policy": "recording what is learnt", "condition": "learning through the model", "guidance": "guidance redirector",
-    "calibration": "calibration",
+    "calibration": "calibration", "check": "asking the model",
 }  # fmt: skip
 SHOW_EVERY, SAVE_EVERY = 3.0, 30.0  # seconds
 PREVIEW_SIZE = 1024

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ...hgr_models.errors import HGRError
 from ...hgr_models.pair_shards import write_pairs
 from ...hgr_models.pairs import PromptSet
 from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HELD_OUT_PAIRS, PAIRS, TEXTS, token_columns, write_texts
@@ -21,16 +22,22 @@ SAMPLE = 4  # pairs whose size is measured
 def write_prompts(clip, prompts: PromptSet, seed: int, folder: Path, facts: dict, notes: list[str]) -> Iterator[float]:
     """Writes every encoded prompt as shards; yields the share that is done. Those to learn from are worded as users do.
 
-    Where they would take more than LARGEST, every kind is cut to the same share, said in `notes`.
+    Where they would take more than LARGEST, every kind is cut to the same share, said in `notes`. Raises HGRError where some are
+    gone at the end: an HGR would learn from the rest alone.
     """
     batches, share = plan_batches(prompts, bytes_of_prompt(clip, prompts), not reads_clip_alone(clip))
     if share < 1:
         notes.append(f"learnt from {100 * share:.0f} % of the prompts: all of them would take more than {LARGEST // 2**30} GiB")
-    for done, (kind, name, pairs) in enumerate(batches):
-        path = folder / f"{name}.safetensors"
+    paths = [folder / f"{name}.safetensors" for _, name, _ in batches]
+    for done, ((kind, name, pairs), path) in enumerate(zip(batches, paths, strict=True)):
         if not path.exists():
             _write(clip, prompts, path, kind, pairs, facts, random.Random(f"{seed} {name}"))
         yield (done + 1) / len(batches)
+    if gone := sum(not path.exists() for path in paths):
+        raise HGRError(
+            f"{gone} of {len(paths)} files with encoded prompts were removed from {folder} while the others were written. Start again: "
+            "they are encoded anew."
+        )
 
 
 def plan_batches(prompts: PromptSet, each: float, by_length: bool = False) -> tuple[list[tuple[str, str, tuple]], float]:

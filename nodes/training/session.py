@@ -56,6 +56,8 @@ class Session:
         self.clip = clip if model is None else clip_for(self.model, clip)
         self.facts: dict = {}
         self.notes: list[str] = []
+        self.checking = 0.0  # seconds of the model's checks, about; 0: unknown, or there is none
+        self.asked = 0  # checks so far
 
     @property
     def history(self) -> list[dict]:
@@ -78,6 +80,13 @@ class Session:
     def configs(self) -> tuple:
         """The networks' sizes for this recording's family."""
         return self.plan.configs(self.new_info(), self.facts.get("short_width", 0))
+
+    @property
+    def checks(self) -> int:
+        """How often the model is asked whether it draws what corrected prompts say: before a polish that may be needed, and at the end."""
+        if self.model is None or not self.plan.by_condition:
+            return 0
+        return 2 if self.plan.by_text and not self.plan.by_denoiser else 1
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +128,8 @@ class Session:
         if (first := first_shard(self.folder)) is not None and not first.belongs_to(self.facts):
             raise OtherTraining(f"{self.folder} was recorded with other prompts or another model. {BEGIN_AGAIN}")
         if self.model is not None and self.clip is not None:
-            forward_check.check_reads(self.model, self.clip, self.prompts, self.plan.runs)
+            row = forward_check.check_reads(self.model, self.clip, self.prompts, self.plan.runs)
+            self.checking = self.checks * forward_check.seconds_of(row, self.plan.runs)
         if self.model is not None and self.plan.by_denoiser and not record_only:
             self._check_gradient()
         cost = estimate.estimate(self, record_only)
@@ -239,7 +249,10 @@ class Session:
     def _ratio(self, hgr) -> float:
         """How far the model's answer to corrected prompts is from the safe one, forward only; see `forward_check`."""
         with torch.inference_mode():
-            return forward_check.error_ratio(self.model, self.clip, hgr.condition, self.prompts, self.plan.runs, say=self.say)
+            ratio = forward_check.error_ratio(self.model, self.clip, hgr.condition, self.prompts, self.plan.runs, say=self.say)
+        self.asked += 1
+        self.progress.update("check", min(1.0, self.asked / max(1, self.checks)), "the model was asked")
+        return ratio
 
     def _judge(self, hgr, recording: Recording) -> None:
         """Says what each network does, and leaves out a guidance redirector that does nothing beside a condition redirector."""

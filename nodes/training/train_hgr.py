@@ -15,7 +15,7 @@ from . import cards
 from .curves import summary
 from .inputs import count_inputs, end_inputs, latent_input, number, run_inputs, train_plan
 from .launch import open_session
-from .plan import NETWORKS, PRESETS, PROMPTS, WIDTHS, make_folder
+from .plan import NETWORKS, PRESETS, PROMPTS, WIDTHS, make_folder_for_hgr
 
 
 def output_path(name: str) -> Path:
@@ -26,10 +26,10 @@ def output_path(name: str) -> Path:
 def check_output(path: Path, digests: Collection[str]) -> None:
     """Raises HGRError when an HGR of another training than these, one of the pack's, or no HGR at all has that name.
 
-    Also where the folder cannot be written.
+    Also where the folder cannot be written, or its disk is full.
     """
     check_name(path)
-    make_folder(path.parent)
+    make_folder_for_hgr(path.parent)
     if path.exists() and hgr_models.load_hgr(path).info.training.get("digest") not in digests:
         raise hgr_models.HGRError(f"{path} exists and comes from another training. Choose another name, or delete it.")
 

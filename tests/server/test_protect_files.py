@@ -6,22 +6,18 @@ SDXL, Qwen-Image and Z-Image, too: files of gigabytes.
 
 import json
 import os
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clicks import CARDS, SMALL, Clicks, choose_checkpoint, open_template
 from comfy_server import Server
 from front_end import open_front_end
 from hgr_models import load_hgr
-from small_files import loaders
+from protect_graphs import MADE, NONE_YET, graph, latent, made, post, wait_for, write
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ("sd15", "sd3", "flux")
 MORE = ("sdxl", "qwen_image", "z_image")
 WIDTHS = {
@@ -35,21 +31,6 @@ WATCH = """() => {
     for (const line of document.body.innerText.split("\\n")) window.seen.add(line);
   }).observe(document.body, { subtree: true, childList: true, characterData: true });
 }"""
-MADE, NONE_YET = "SafeCFG Protect: made ", "no HGR of this text encoder yet"
-
-
-def write(host, models: Path, families, denoiser: int = 0, encoder: int = 0) -> None:
-    command = [
-        str(host.python),
-        "tests/small_files.py",
-        "--comfyui",
-        str(host.path),
-        "--models",
-        str(models),
-        "--family",
-        *families,
-    ]
-    subprocess.run([*command, "--denoiser", str(denoiser), "--encoder", str(encoder)], check=True, cwd=ROOT, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +45,31 @@ def base(newest_host, families, tmp_path_factory) -> Path:
     write(newest_host, base / "models", families)
     write(newest_host, base / "models", FAMILIES, denoiser=1)
     write(newest_host, base / "models", ["sd15"], encoder=1)
+    checkpoint = load_file(base / "models" / "checkpoints" / "sd15_0_0.safetensors")
+    bare = {name: value for name, value in checkpoint.items() if not name.startswith("cond_stage_model.")}
+    save_file(bare, base / "models" / "checkpoints" / "no_encoder.safetensors")
+    (base / "models" / "loras").mkdir(exist_ok=True)
+    save_file(lora(), base / "models" / "loras" / "style.safetensors")
+    t5 = load_file(base / "models" / "text_encoders" / "t5xxl_0.safetensors")
+    fp8 = {name: value.to(torch.float8_e4m3fn) if value.ndim > 1 and value.numel() > 1 else value for name, value in t5.items()}
+    save_file(fp8, base / "models" / "text_encoders" / "t5xxl_fp8.safetensors")
     return base
+
+
+def lora() -> dict[str, torch.Tensor]:
+    """A LoRA of CLIP-L's layers, as trainers of Stable Diffusion 1.5 name them: it changes the encoder by some 40 %."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for layer in range(3):
+        for name, (out, width) in {
+            "self_attn_v_proj": (768, 768),
+            "self_attn_out_proj": (768, 768),
+            "mlp_fc1": (64, 768),
+        }.items():
+            key = f"lora_te_text_model_encoder_layers_{layer}_{name}"
+            found[f"{key}.lora_up.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+            found[f"{key}.lora_down.weight"] = width**-0.5 * torch.randn(4, width, generator=generator)
+            found[f"{key}.alpha"] = torch.tensor(4.0)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -76,39 +81,6 @@ def small_server(newest_host, base):
         yield server
     finally:
         server.stop()
-
-
-def graph(family: str, denoiser: int = 0, encoder: int = 0, seed: int = 0, **widgets) -> dict:
-    """Core's loaders, SafeCFG Protect (3), and a small picture's latent (9)."""
-    files = loaders(family, denoiser, encoder)
-    found = {"1": files["checkpoint"]} if "checkpoint" in files else {"1": files["model"], "2": files["clip"]}
-    model, clip = ["1", 0], ["1", 1] if "checkpoint" in files else ["2", 0]
-    sizes = {"width": 64, "height": 64, "batch_size": 1}
-    text = lambda words: {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": words}}  # noqa: E731
-    sampled = {
-        "model": ["3", 0], "positive": ["4", 0], "negative": ["5", 0], "latent_image": ["6", 0], "seed": seed, "steps": 1, "cfg": 4.0,
-        "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
-    }  # fmt: skip
-    protect = {"model": model, "clip": clip, "strength": 1.0, "categories": "", "strict": True, **widgets}
-    return {
-        **found,
-        "3": {"class_type": "SafeCFG_Protect", "inputs": protect},
-        "4": text("two men fight in a bar"),
-        "5": text(""),
-        "6": {"class_type": "EmptyLatentImage" if "checkpoint" in files else "EmptySD3LatentImage", "inputs": sizes},
-        "7": {"class_type": "KSampler", "inputs": sampled},
-        "9": {"class_type": "SaveLatent", "inputs": {"samples": ["7", 0], "filename_prefix": family}},
-    }
-
-
-def made(server) -> list[str]:
-    """Names of the HGRs in models/hgr."""
-    return sorted(path.name for path in (server.base / "models" / "hgr").glob("*.safetensors"))
-
-
-def latent(server, entry: dict) -> torch.Tensor:
-    (file,) = server.files(entry, "9")
-    return load_file(file)["latent_tensor"]
 
 
 @pytest.mark.parametrize("family", FAMILIES + MORE)
@@ -155,6 +127,92 @@ def test_another_encoder_gets_its_own_and_clip_skip_does_not(small_server):
     assert other.startswith("encoder-l-")
 
 
+def with_lora(strength: float, kind: str = "LoraLoader", **widgets) -> dict:
+    prompt = graph("sd15", **widgets)
+    inputs = {
+        "model": ["1", 0],
+        "clip": ["1", 1],
+        "lora_name": "style.safetensors",
+        "strength_model": 1.0,
+        "strength_clip": strength,
+    }
+    prompt["8"] = {"class_type": kind, "inputs": inputs}
+    prompt["3"]["inputs"]["model"] = ["8", 0]
+    for node in ("3", "4", "5"):
+        prompt[node]["inputs"]["clip"] = ["8", 1]
+    return prompt
+
+
+def test_every_strength_of_a_lora_shares_the_encoders_own(small_server):
+    """Also where none is there yet: it is made for the encoder beneath, once."""
+    server, told = small_server, "without this CLIP's LoRAs"
+    for path in (server.base / "models" / "hgr").glob("*"):
+        path.unlink()
+    start = len(server.log())
+    server.post_prompt(with_lora(1.0))
+    (name,) = made(server)
+    assert told in server.log()[start:]
+    for prompt in (with_lora(0.7), with_lora(1.0, "LoraLoaderBypass")):
+        start = len(server.log())
+        server.post_prompt(prompt)
+        assert made(server) == [name] and told in server.log()[start:] and NONE_YET not in server.log()[start:]
+    start = len(server.log())
+    server.post_prompt(graph("sd15", 1, seed=1))
+    assert made(server) == [name] and told not in server.log()[start:] and NONE_YET not in server.log()[start:]
+
+
+def test_an_fp8_file_shares_what_the_fp16_one_had_made(small_server):
+    server = small_server
+    server.post_prompt(graph("flux", seed=1))
+    before, start = made(server), len(server.log())
+    rounded = graph("flux", threshold_offset=-1.0, seed=1)
+    rounded["2"]["inputs"]["clip_name2"] = "t5xxl_fp8.safetensors"
+    flagged = latent(server, server.post_prompt(rounded))
+    assert made(server) == before and NONE_YET not in server.log()[start:] and "redirected" in server.log()[start:]
+    assert torch.isfinite(flagged).all()
+
+
+def renamed(prompt: dict) -> dict:
+    """A prompt whose nodes have other ids, to stand beside it in one graph."""
+    other = lambda value: [f"1{value[0]}", value[1]] if isinstance(value, list) else value  # noqa: E731
+    return {
+        f"1{node}": {**content, "inputs": {name: other(value) for name, value in content["inputs"].items()}}
+        for node, content in prompt.items()
+    }
+
+
+def test_two_prompts_and_two_nodes_make_it_once_and_redirect_once(small_server):
+    """Two checkpoints of one encoder in one graph, another prompt queued behind it; then two nodes in a row on one model."""
+    server = small_server
+    for path in (server.base / "models" / "hgr").glob("*"):
+        path.unlink()
+    server.free()
+    start = len(server.log())
+    once = graph("sd15", threshold_offset=-1.0, seed=2)
+    post(server, "/prompt", {"prompt": {**once, **renamed(graph("sd15", 1, threshold_offset=-1.0, seed=2))}})
+    post(server, "/prompt", {"prompt": graph("sd15", 1, seed=2)})
+    wait_for(lambda: not any(server.get("/queue").values()))
+    log = server.log()[start:]
+    assert len(made(server)) == 1 and log.count(MADE) == log.count(NONE_YET) == 1 and "went through" not in log
+    twice = {**once, "2": once["3"], "3": {**once["3"], "inputs": {**once["3"]["inputs"], "model": ["2", 0]}}}
+    drawn = []
+    for prompt in (once, twice, graph("sd15", strength=0.0, seed=2)):
+        server.free()
+        start = len(server.log())
+        drawn.append(latent(server, server.post_prompt(prompt)))
+        assert ("went through" in server.log()[start:]) == (prompt is twice)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_checkpoint_without_a_text_encoder_says_so(small_server, prompt_error):
+    prompt = graph("sd15")
+    prompt["2"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "no_encoder.safetensors"}}
+    prompt["3"]["inputs"]["clip"] = ["2", 1]
+    with pytest.raises(prompt_error) as error:
+        small_server.post_prompt(prompt)
+    assert "this checkpoint has no text encoder" in error.value.details["exception_message"]
+
+
 def test_cancelled_it_goes_on_after_a_restart(small_server):
     """Cancel while it encodes, stop the server, start it again: what was encoded is there, and the next Run makes the file."""
     server = small_server
@@ -182,18 +240,6 @@ def test_cancelled_it_goes_on_after_a_restart(small_server):
     wait_for(lambda: made(server) and not any(server.get("/queue").values()))
     server.post_prompt(graph("sd15", strength=0.8))
     assert server.log().count(NONE_YET) == 1
-
-
-def post(server, path: str, content: dict) -> None:
-    request = urllib.request.Request(server.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=60).close()
-
-
-def wait_for(there, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def test_another_models_clip_is_told_at_once(small_server, prompt_error):

@@ -30,15 +30,16 @@ class FewPrompts:
     @classmethod
     def INPUT_TYPES(cls):
         count = ("INT", {"default": 2})
-        return {"required": {"pairs": count, "clean": ("INT", {"default": 30}), "steps": ("INT", {"default": 3})}}
+        required = {"pairs": count, "clean": ("INT", {"default": 30}), "steps": ("INT", {"default": 3})}
+        return {"required": required, "optional": {"checked": count}}
 
-    def run(self, pairs, clean, steps):
-        """`pairs` of every category, and what `library.PRESET` calls quick."""
+    def run(self, pairs, clean, steps, checked=2):
+        """`pairs` of every category, what `library.PRESET` calls quick, and steps of the check by the model."""
         nodes = _nodes_of_safecfg()
         nodes.protect.library.PAIRS, nodes.protect.library.CLEAN, nodes.protect.library.CALIBRATION = pairs, clean, clean
         plan = nodes.training.plan
         plan.PRESETS[nodes.protect.library.PRESET] = plan.Preset(steps, 1, 1, 1)
-        nodes.protect.library.CHECKED = nodes.training.forward_check.Extent(pairs=1, steps=2)
+        nodes.protect.library.CHECKED = nodes.training.forward_check.Extent(pairs=1, steps=checked)
         return {}
 
 
