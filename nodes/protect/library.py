@@ -155,6 +155,8 @@ def find_or_make(clip, model=None, say: Callable[[str], None] | None = None) -> 
                 logger.warning("SafeCFG: %s Put it there to have it taken; one is made meanwhile.", known)
             path = str(make(beneath, say, model))
             found = Found(path, 0.0, (), encoder_of(beneath))
+        else:
+            forget_begun(beneath)
     if words := found.seen_by(encoder_of(clip)).in_words(why):
         logger.warning("SafeCFG: %s", words)
         say(words)
@@ -170,6 +172,16 @@ def _beneath(clip) -> tuple[Any, str]:
     return clip, "it is rounded to a byte a weight or less, or one of the two is fine-tuned"
 
 
+def name_of(clip) -> str:
+    """What the HGR of a CLIP's encoder is called."""
+    return f"encoder-{encoder_of(clip).name}"
+
+
+def forget_begun(clip) -> None:
+    """Removes what was begun for an encoder that has its HGR by now: a server may be killed between saving that and tidying up."""
+    shutil.rmtree(recording_folder(f"{name_of(clip)}-{PRESET}"), ignore_errors=True)
+
+
 def _in_index(clip, model) -> str:
     """What models/hgr's index knows for an encoder and a MODEL, in words."""
     names = ("", "") if model is None else (architecture_of(model), base_of_model(model))
@@ -181,7 +193,7 @@ def make(clip, say: Callable[[str], None], model=None) -> Path:
 
     With a MODEL the file says, too, how well that one draws what corrected prompts say.
     """
-    name = f"encoder-{encoder_of(clip).name}"
+    name = name_of(clip)
     plan = train_plan(f"{name}-{PRESET}", PROMPTS, {**RUNS, "preset": PRESET})
     say("no HGR of this text encoder yet: making one, once")
     path = folder_to_keep() / f"{name}.safetensors"  # before minutes are spent
@@ -202,7 +214,7 @@ def make(clip, say: Callable[[str], None], model=None) -> Path:
         hgr.info.training["forward_check"] = ratio
         say(forward_check.in_words(ratio))
     hgr_models.save_hgr(path, hgr.cpu())
-    shutil.rmtree(session.folder, ignore_errors=True)  # gigabytes, which nobody asked for by name
+    forget_begun(clip)  # gigabytes, which nobody asked for by name
     cards.refresh(path)
     say(f"made {path}")
     return path

@@ -88,3 +88,12 @@ def test_a_model_that_draws_nothing_but_nan_is_refused_before_minutes_are_spent(
     )
     with pytest.raises(HGRError, match="download it again"):
         forward_check.check_reads(model, clip, prompt_set(), run_settings(SMALL, model))
+
+
+def test_the_seconds_of_a_check_follow_from_a_row(demo):  # noqa: F811
+    """Four roles in every step of every pair, larger pictures in proportion; a limit lets the run that has begun end."""
+    runs = dataclasses.replace(run_settings(SMALL, demo[0]), batch=8, sizes=((64, 64), (32, 32)))
+    assert forward_check.seconds_of(0.5, runs) == 0.5 * 4 * 4 * forward_check.Extent().steps * forward_check.Extent().pairs
+    alone = dataclasses.replace(runs, batch=1, sizes=((32, 32),))
+    assert forward_check.seconds_of(0.5, alone, forward_check.Extent(4, 2)) == 0.5 * 4 * 2 * 4
+    assert forward_check.seconds_of(50.0, alone, forward_check.Extent(4, 2, seconds=60.0)) == 60.0 + 50.0 * 4 * 2

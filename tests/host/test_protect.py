@@ -404,12 +404,16 @@ def test_the_time_that_is_said_includes_the_models_check(demo, folders, caplog):
     assert "asking the model" in said
 
 
-def test_a_killed_servers_half_file_is_removed_when_nobody_writes_it(demo, folders):
+def test_what_a_killed_server_left_is_removed_when_nobody_writes_it(demo, folders):
+    """Killed while it wrote the file, or between that and tidying up."""
     protected(*demo)
     (name,) = files(folders)
+    begun = folders / "output" / "safecfg" / "recordings" / f"{name.removesuffix('.safetensors')}-{library.PRESET}"
+    begun.mkdir()
+    (begun / "texts-pairs-00000.safetensors").write_bytes(b"gigabytes")
     left, young = (folders / "hgr" / f".{name}.{pid}-0123456789ab.part" for pid in ("1f", "2f"))
     for part in (left, young):
         part.write_bytes(b"half")
     os.utime(left, (0, 0))
     protected(*demo)
-    assert not left.exists() and young.exists()
+    assert not left.exists() and young.exists() and not begun.exists()

@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_clear_error_and_it_goes_on(empty, small_disk, prompt
     small_disk(shards, 2**20)
     assert "but the disk has" in message(server, graph("sd15", seed=2), prompt_error)
     small_disk(shards, 2**28)
-    learn(server, {**MORE, "steps": 60})
+    learn(server, {**MORE, "steps": 4})
     start = begin(server, "encoding prompts", 3)
     filler = fill(shards)
     end(server)
