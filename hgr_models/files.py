@@ -1,13 +1,13 @@
 """Writing files that appear whole or not at all: safetensors and texts."""
 
 import os
-import re
 import stat
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from re import compile as pattern
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import HGRError
 
 PART = ".part"  # the end of a file that is being written
-OURS = re.compile(rf"\..+\.[0-9a-f]+-[0-9a-f]{{12}}{re.escape(PART)}", re.DOTALL)  # names of parts; others' downloads end alike
+OURS = pattern(r"(?s)\..+\.[0-9a-f]+-[0-9a-f]{12}\.part")  # names of parts: others' downloads end alike
 STALE = 3600.0  # seconds after which nobody writes a part any more
 
 

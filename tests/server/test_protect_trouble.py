@@ -44,9 +44,14 @@ def empty(server):
     for folder in (server.base / "models" / "hgr", server.base / "shared" / "hgr", recordings(server)):
         for path in folder.glob("*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    server.free()
-    learn(server, FEW)
+    forget(server)
     return server
+
+
+def forget(server) -> None:
+    """The server runs every node anew, and learns from few prompts."""
+    server.free()  # with the next prompt
+    learn(server, FEW)
 
 
 def learn(server, extent: dict) -> None:
@@ -148,14 +153,14 @@ def test_models_hgr_may_be_a_link_or_vanish_and_there_may_be_several(empty, tmp_
     (name,) = made(server)
     assert (tmp_path / "elsewhere" / name).is_file() and folder.is_symlink()
     folder.unlink()
-    server.free()
+    forget(server)
     assert "SafeCFG_LoadHGR" in server.object_info()
     start = len(server.log())
     server.post_prompt(graph("sd15", seed=1))
     assert made(server) == [name] and NONE_YET in server.log()[start:]
     other.mkdir(parents=True, exist_ok=True)  # the one of extra_model_paths.yaml
     shutil.move(folder / name, other / name)
-    server.free()
+    forget(server)
     start = len(server.log())
     server.post_prompt(graph("sd15", seed=2))
     assert made(server) == [] and NONE_YET not in server.log()[start:]
