@@ -127,6 +127,13 @@ def test_another_encoder_gets_its_own_and_clip_skip_does_not(small_server):
     assert other.startswith("encoder-l-")
 
 
+def forget_sd15(server) -> None:
+    """Removes the HGRs of CLIP-L alone."""
+    for path in (server.base / "models" / "hgr").glob("encoder-l-*"):
+        if not path.name.startswith("encoder-l-t5xxl"):
+            path.unlink()
+
+
 def with_lora(strength: float, kind: str = "LoraLoader", **widgets) -> dict:
     prompt = graph("sd15", **widgets)
     inputs = {
@@ -146,8 +153,7 @@ def with_lora(strength: float, kind: str = "LoraLoader", **widgets) -> dict:
 def test_every_strength_of_a_lora_shares_the_encoders_own(small_server):
     """Also where none is there yet: it is made for the encoder beneath, once."""
     server, told = small_server, "without this CLIP's LoRAs"
-    for path in (server.base / "models" / "hgr").glob("*"):
-        path.unlink()
+    forget_sd15(server)
     start = len(server.log())
     server.post_prompt(with_lora(1.0))
     (name,) = made(server)
@@ -184,8 +190,7 @@ def renamed(prompt: dict) -> dict:
 def test_two_prompts_and_two_nodes_make_it_once_and_redirect_once(small_server):
     """Two checkpoints of one encoder in one graph, another prompt queued behind it; then two nodes in a row on one model."""
     server = small_server
-    for path in (server.base / "models" / "hgr").glob("*"):
-        path.unlink()
+    forget_sd15(server)
     start = len(server.log())
     both = {**graph("sd15", strength=0.9, seed=2), **renamed(graph("sd15", 1, strength=0.9, seed=2))}
     post(server, "/prompt", {"prompt": both})
@@ -243,14 +248,12 @@ def test_cancelled_it_goes_on_after_a_restart(small_server):
 
 def test_another_models_clip_is_told_at_once(small_server, prompt_error):
     """A CLIP loader with another model's files: the first error that a user meets."""
-    server, before = small_server, made(small_server)
+    server = small_server
     wrong = graph("flux", strength=0.7)
     wrong["2"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd15_0_1.safetensors"}}
     for node in ("3", "4", "5"):
         wrong[node]["inputs"]["clip"] = ["2", 1]
-    for name in before:
-        if name.startswith("encoder-l-") and not name.startswith("encoder-l-t5xxl"):
-            (server.base / "models" / "hgr" / name).unlink()
+    forget_sd15(server)
     with pytest.raises(prompt_error) as error:
         server.post_prompt(wrong)
     assert "cannot read this CLIP's prompts" in error.value.details["exception_message"]
