@@ -19,11 +19,8 @@ _known: WeakKeyDictionary = WeakKeyDictionary()  # of a CLIP's module: prints by
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOOKED_AT, DISTINCT = 4096, 16  # values of a weight; fewer different ones (zeros, ones) say nothing of rounding
 REMEMBERED = 16  # prints of one module
-PATCHES = (
-    "patches",
-    "hook_patches",
-    "injections",
-)  # of core's ModelPatcher: LoRAs and merges, those of hooks, those that change no weight
+# Of core's ModelPatcher: LoRAs and merges, those of hooks, those beside the weights.
+PATCHES = ("patches", "hook_patches", "injections")
 
 
 def encoder_of(clip: CLIP) -> EncoderPrint:

@@ -95,7 +95,7 @@ def test_it_is_made_for_files_and_found_by_another_checkpoint_of_the_encoder(sma
         NONE_YET in log
         and MADE in log
         and "takes about" in log
-        and "asking the model" in log
+        and "asking the model, run" in log
         and "Please fix your code" not in log
     )
     info = load_hgr(server.base / "models" / "hgr" / name).info
@@ -277,7 +277,7 @@ def test_the_template_by_clicks(small_server, browser):
     wait_for(lambda: MADE in server.log()[start:])
     wait_for(lambda: not any(server.get("/queue").values()))
     seen = page.evaluate("() => [...window.seen]")
-    for words in ("making one, once", "takes about", "condition redirector from prompts: step", "asking the model"):
+    for words in ("making one, once", "takes about", "condition redirector from prompts: step", "asking the model, run"):
         assert any(words in text for text in seen), words
     assert list((server.base / "output").glob("SafeCFG*.png"))
     page.close()

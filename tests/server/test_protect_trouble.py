@@ -19,7 +19,7 @@ FEW = {"pairs": 1, "clean": 24, "steps": 2}
 MORE = {"pairs": 20, "clean": 200, "steps": 2}
 PARTS = {  # what makes a part of the work long, and what the log says of it
     "learning": ({**MORE, "steps": 5000}, "from prompts: step"),
-    "checking": ({**MORE, "checked": 500}, "asking the model"),
+    "checking": ({**MORE, "checked": 500}, "asking the model, run"),
     "encoding": (MORE, "encoding prompts"),
     "calibrating": (MORE, "step 2 of 2"),
 }
