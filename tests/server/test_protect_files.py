@@ -197,7 +197,7 @@ def test_two_prompts_and_two_nodes_make_it_once_and_redirect_once(small_server):
     post(server, "/prompt", {"prompt": graph("sd15", 1, strength=0.8, seed=2)})
     wait_for(lambda: not any(server.get("/queue").values()))
     log = server.log()[start:]
-    assert len(made(server)) == 1 and log.count(MADE) == log.count(NONE_YET) == 1 and "went through" not in log
+    assert log.count(MADE) == log.count(NONE_YET) == 1 and "went through" not in log
     once = graph("sd15", threshold_offset=-1.0, seed=2)
     twice = {**once, "2": once["3"], "3": {**once["3"], "inputs": {**once["3"]["inputs"], "model": ["2", 0]}}}
     drawn = []
