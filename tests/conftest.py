@@ -58,7 +58,9 @@ MIDDLE_HOST = {
 # What the oldest host's front end is not tested for.
 NOT_OLDEST = {"test_subgraphs.py"}
 # Tests that somebody has to ask for, by a variable that names what they need.
-ASKED_FOR = {"test_packs.py": "PACKS", "test_proxy.py": "PROXY", "test_whole_training.py": "WHOLE_TRAINING"}
+ASKED_FOR = {
+    "test_packs.py": "PACKS", "test_protect_trouble.py": "PROTECT", "test_proxy.py": "PROXY", "test_whole_training.py": "WHOLE_TRAINING",
+}  # fmt: skip
 
 
 def is_left_out(item) -> bool:
