@@ -57,7 +57,7 @@ MIDDLE_HOST = {
 
 # What the oldest host's front end is not tested for.
 NOT_OLDEST = {"test_subgraphs.py"}
-# Tests that somebody has to ask for, by a variable that names what they need.
+# Tests that somebody has to ask for, by a variable that names what they need. Single ones have the mark `asked_for`.
 ASKED_FOR = {
     "test_packs.py": "PACKS", "test_protect_trouble.py": "PROTECT", "test_proxy.py": "PROXY", "test_whole_training.py": "WHOLE_TRAINING",
 }  # fmt: skip
@@ -65,7 +65,8 @@ ASKED_FOR = {
 
 def is_left_out(item) -> bool:
     """Tests that a host is not for: the user interface on all but the newest, and most of them on hosts in the middle."""
-    if (variable := ASKED_FOR.get(item.path.name)) and not os.environ.get(variable):
+    marks = [mark.args[0] for mark in item.iter_markers("asked_for")]
+    if any(not os.environ.get(variable) for variable in filter(None, [ASKED_FOR.get(item.path.name), *marks])):
         return True
     if item.path.name == "test_full_size.py" and os.environ.get("FULL_SIZE") == "none":
         return True

@@ -1,7 +1,7 @@
 """`SafeCFG Protect` in a real server, with checkpoints and text encoders that core's own loaders read from files.
 
-Encoders of real layouts, widths and tokenizers with few layers and random weights (`small_files`, `small_pack`). `PROTECT=all` takes
-SD3, SDXL, Qwen-Image and Z-Image, too: minutes, and files of gigabytes.
+Encoders of real layouts, widths and tokenizers with few layers and random weights (`small_files`, `small_pack`). `PROTECT=1` takes
+SD3 and Flux, too: minutes; `PROTECT=all` also SDXL, Qwen-Image and Z-Image: files of gigabytes.
 """
 
 import json
@@ -18,8 +18,11 @@ from front_end import open_front_end
 from hgr_models import load_hgr
 from protect_graphs import MADE, NONE_YET, graph, latent, made, post, wait_for, write
 
-FAMILIES = ("sd15", "flux")
-MORE = ("sd3", "sdxl", "qwen_image", "z_image")
+FAMILIES = ("sd15", "sd3", "flux")
+MORE = ("sdxl", "qwen_image", "z_image")
+ASKED = os.environ.get("PROTECT")
+TAKEN = FAMILIES + MORE if ASKED == "all" else FAMILIES if ASKED else FAMILIES[:1]
+with_flux = pytest.mark.asked_for("PROTECT")
 WIDTHS = {
     "sd15": ("encoder-l-", 768, 768), "sd3": ("encoder-g-l-t5xxl-", 4096, 2048), "flux": ("encoder-l-t5xxl-", 4096, 768),
     "sdxl": ("encoder-g-l-", 2048, 1280), "qwen_image": ("encoder-qwen25_7b-", 3584, 0), "z_image": ("encoder-qwen3_4b-", 2560, 0),
@@ -34,25 +37,23 @@ WATCH = """() => {
 
 
 @pytest.fixture(scope="module")
-def families() -> tuple[str, ...]:
-    return FAMILIES + (MORE if os.environ.get("PROTECT") == "all" else ())
-
-
-@pytest.fixture(scope="module")
-def base(newest_host, families, tmp_path_factory) -> Path:
+def base(newest_host, tmp_path_factory) -> Path:
     """A base directory with the files of every family, another checkpoint of each small one, and another encoder."""
     base = tmp_path_factory.mktemp("protect")
-    write(newest_host, base / "models", families)
-    write(newest_host, base / "models", FAMILIES, denoiser=1)
+    write(newest_host, base / "models", TAKEN)
+    write(newest_host, base / "models", [family for family in TAKEN if family in FAMILIES], denoiser=1)
     write(newest_host, base / "models", ["sd15"], encoder=1)
     checkpoint = load_file(base / "models" / "checkpoints" / "sd15_0_0.safetensors")
     bare = {name: value for name, value in checkpoint.items() if not name.startswith("cond_stage_model.")}
     save_file(bare, base / "models" / "checkpoints" / "no_encoder.safetensors")
     (base / "models" / "loras").mkdir(exist_ok=True)
     save_file(lora(), base / "models" / "loras" / "style.safetensors")
-    t5 = load_file(base / "models" / "text_encoders" / "t5xxl_0.safetensors")
-    fp8 = {name: value.to(torch.float8_e4m3fn) if value.ndim > 1 and value.numel() > 1 else value for name, value in t5.items()}
-    save_file(fp8, base / "models" / "text_encoders" / "t5xxl_fp8.safetensors")
+    if "flux" in TAKEN:
+        t5 = load_file(base / "models" / "text_encoders" / "t5xxl_0.safetensors")
+        fp8 = {
+            name: value.to(torch.float8_e4m3fn) if value.ndim > 1 and value.numel() > 1 else value for name, value in t5.items()
+        }
+        save_file(fp8, base / "models" / "text_encoders" / "t5xxl_fp8.safetensors")
     return base
 
 
@@ -83,10 +84,8 @@ def small_server(newest_host, base):
         server.stop()
 
 
-@pytest.mark.parametrize("family", FAMILIES + MORE)
-def test_it_is_made_for_files_and_found_by_another_checkpoint_of_the_encoder(small_server, families, family):
-    if family not in families:
-        pytest.skip("PROTECT=all takes minutes and files of gigabytes")
+@pytest.mark.parametrize("family", TAKEN)
+def test_it_is_made_for_files_and_found_by_another_checkpoint_of_the_encoder(small_server, family):
     server, before, start = small_server, made(small_server), len(small_server.log())
     server.post_prompt(graph(family))
     (name,) = set(made(server)) - set(before)
@@ -167,6 +166,7 @@ def test_every_strength_of_a_lora_shares_the_encoders_own(small_server):
     assert made(server) == there and told not in server.log()[start:] and NONE_YET not in server.log()[start:]
 
 
+@with_flux
 def test_an_fp8_file_shares_what_the_fp16_one_had_made(small_server):
     server = small_server
     server.post_prompt(graph("flux", seed=1))
@@ -246,6 +246,7 @@ def test_cancelled_it_goes_on_after_a_restart(small_server):
     assert server.log().count(NONE_YET) == 1
 
 
+@with_flux
 def test_another_models_clip_is_told_at_once(small_server, prompt_error):
     """A CLIP loader with another model's files: the first error that a user meets."""
     server = small_server
