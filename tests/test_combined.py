@@ -39,6 +39,11 @@ def texts(pooled_width: int = 0, dtype=torch.float32):
     return torch.randn(4, 7, 16, generator=generator).to(dtype), pooled
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Harmfulness is the same but for the last bit of a sigmoid, which depends on its place in the processor's vectors."""
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize(("dimensions", "spatial"), [(2, (8, 6)), (2, (7, 5)), (3, (3, 8, 6))])
 def test_a_direction_that_one_hgr_flags_gets_what_this_one_would_do(dimensions, spatial):
     first, second = parts(dimensions=dimensions)
@@ -48,7 +53,7 @@ def test_a_direction_that_one_hgr_flags_gets_what_this_one_would_do(dimensions, 
         alone = redirect_guidance(hgr, cond, uncond, x, sigma, settings([1] * 2, NEVER), ROWS[:, columns])
         assert torch.equal(result.cond_denoised[row], alone.cond_denoised[row])
         assert not torch.equal(result.cond_denoised[row], cond[row])
-        assert torch.equal(result.harmfulness[:, columns], alone.harmfulness)
+        same(result.harmfulness[:, columns], alone.harmfulness)
     assert torch.equal(result.cond_denoised[3], cond[3])
     assert torch.equal(result.weights, ROWS)
 
@@ -94,7 +99,7 @@ def test_prompts_go_through_those_that_flag_them(pooled_width, dtype):
     assert_close(result.tokens, twice.tokens, rtol=limit, atol=limit)
     assert not pooled_width or torch.allclose(result.pooled, twice.pooled, rtol=limit, atol=limit)
     judged = torch.cat([hgr.condition.harmfulness(tokens, pooled) for hgr in (first, second)], dim=1)
-    assert torch.equal(result.harmfulness, judged)  # of the prompt as it came, not as the first one left it
+    same(result.harmfulness, judged)  # of the prompt as it came, not as the first one left it
 
 
 def test_nothing_flagged_keeps_every_bit():
@@ -149,7 +154,8 @@ def test_an_hgr_without_one_network_never_flags_by_it():
     assert not reading.picture_logits[:, :2].sigmoid().any() and not reading.places[:, :2].sigmoid().any()
     only_guidance = HGR(first.info, None, first.guidance.config).eval()
     read = combined(only_guidance, second).condition.harmfulness(texts()[0])
-    assert not read[:, :2].any() and torch.equal(read[:, 2:], second.condition.harmfulness(texts()[0]))
+    assert not read[:, :2].any()
+    same(read[:, 2:], second.condition.harmfulness(texts()[0]))
     assert both.condition is not None and combined(only_condition, only_condition).guidance is None
 
 
