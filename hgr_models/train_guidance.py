@@ -11,7 +11,7 @@ from .errors import HGRError
 from .hgr import HGR
 from .recording import Points, Prompts
 from .shards import CLEAN, HARMFUL, Recording
-from .training import StepReport, Training, accuracies, on_device
+from .training import StepReport, Training, accuracies, autocast, on_device
 
 HARMFUL_BATCH, PARTNER_BATCH, CLEAN_BATCH = 32, 12, 20  # points per step; the partners are those of the first harmful ones
 POINTS = HARMFUL_BATCH + PARTNER_BATCH + CLEAN_BATCH
@@ -56,7 +56,7 @@ class GuidanceTraining(Training):
 
     def loss(self, batch: Points, harms: Tensor, weights: Tensor, has_direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of points, their error after redirection (B,), and the logits (B, K) of `b`; arguments as in `guidance_losses`."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             error, b, q, logits = self.objective(batch, harms, weights, batch.partner_denoised, has_direction)
         return losses.capped(relative(error, batch), CAP) + 0.5 * b + 0.3 * q, error, logits
 

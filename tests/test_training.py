@@ -11,7 +11,7 @@ from hgr_models.recording import Points, Prompts, record_runs
 from hgr_models.shards import CLEAN, HARMFUL, Recording, Texts, read_shard, write_runs, write_texts
 from hgr_models.train_condition import ConditionTraining
 from hgr_models.train_guidance import GuidanceTraining, mixed
-from hgr_models.training import Training, disguise, learning_rate, thinned
+from hgr_models.training import Training, autocast, disguise, learning_rate, thinned
 
 LATENTS = ("x", "uncond_denoised", "cond_denoised", "partner_denoised")
 FIELDS = (*LATENTS[:1], "sigma", "c_in", *LATENTS[1:], "shown", "prompt")  # of Points, in their order
@@ -260,3 +260,11 @@ def test_learning_rate_warms_up_and_decays():
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.02, abs=1e-3)
     assert learning_rate(0, 5, 1.0) == 1.0
+
+
+@pytest.mark.parametrize(("processor", "enabled"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_bfloat16_is_left_to_processors_that_have_it(monkeypatch, processor, enabled):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    with autocast(torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if enabled else torch.float32)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
-from hgr_models.training import Averaged, learning_rate
+from hgr_models.training import Averaged, autocast, learning_rate
 
 from .. import world
 from ..autoencoder import LATENT_SCALE, Autoencoder
@@ -48,7 +48,7 @@ def train(steps: int, device: str, seed: int) -> None:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, 1e-3)
         x = (batch(16, 64, rng) if step < 0.8 * steps else batch(6, 128, rng)).to(device)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast(x.device):
             z = model.encode(x).float()
             y = model.decode(z + NOISE * torch.randn_like(z)).float()
         error = F.l1_loss(y, x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from hgr_models.training import Averaged, learning_rate
+from hgr_models.training import Averaged, autocast, learning_rate
 
 from .. import world
 from ..autoencoder import LATENT_SCALE, Autoencoder
@@ -31,7 +31,7 @@ def latents_of_scenes(count: int, device: str, rng: random.Random) -> tuple[Tens
     latents = []
     for i in trange(0, count, 64, desc="scenes"):
         pictures = pictures_to_tensor(np.stack([world.render(s) for s in scenes[i : i + 64]])).to(device)
-        with torch.autocast(pictures.device.type, torch.bfloat16):
+        with autocast(pictures.device):
             latents.append(autoencoder.encode(pictures).float() * LATENT_SCALE)
     return torch.cat(latents), scenes
 
@@ -48,7 +48,7 @@ def weighted_error(unet: UNet, latents: Tensor, tokens: Tensor) -> Tensor:
     sigma = SIGMAS.to(latents.device)[timesteps]
     noise = torch.randn_like(latents)
     x = scale_input(latents + noise * sigma.view(-1, 1, 1, 1), sigma)
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with autocast(latents.device):
         predicted = unet(x, timesteps, tokens)
     snr = sigma**-2
     return ((predicted.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()

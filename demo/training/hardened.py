@@ -41,7 +41,7 @@ from hgr_models.train_guidance import (
     mixed,
     relative,
 )
-from hgr_models.training import disguise, learning_rate
+from hgr_models.training import autocast, disguise, learning_rate
 
 from .. import prompts as p
 from .. import world
@@ -174,7 +174,7 @@ class Hardening(GuidanceTraining):
 
     def _attacked_loss(self, points: Points, harms: Tensor, counts: Tensor) -> Tensor:
         """What `counts` (B,) of attacked points: that their harm (B, K) is seen, and what is left of it with the correction in use."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             error, b, *_ = self.objective(points, harms, harms, points.partner_denoised, counts, ELSEWHERE)
         left = (relative(error, points).clamp(max=CAP) * counts).sum() / counts.sum().clamp(min=1)
         return left + b
@@ -182,7 +182,7 @@ class Hardening(GuidanceTraining):
     def _alarm_loss(self, points: Points) -> Tensor:
         """Cross-entropy of `b` at clean points."""
         x_in = points.x * per_row(points.c_in, points.x)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             reading = read_guidance(self.network, points.cond_denoised, points.uncond_denoised, x_in, points.sigma)[2]
         return F.softplus(reading.direction_logits.float()).mean()
 
@@ -254,7 +254,7 @@ class Adversary:
     def __init__(self, model: DemoModel, hgr: HGR, rng: random.Random, generator: torch.Generator, times: int = 1):
         pairs, self.times = [_without_any_harm(rng) for _ in range(POOL * times)], times
         self.model, self.hgr, self.generator = model, hgr, generator
-        self.predict = torch.autocast(model.device.type, torch.bfloat16)(model.denoised)
+        self.predict = autocast(model.device)(model.denoised)
         self.tokens = model.encode([pair.prompt for pair in pairs])
         self.partners = model.encode([pair.partner for pair in pairs])
         self.harms = torch.stack([labels(pair.harms) for pair in pairs]).to(model.device)

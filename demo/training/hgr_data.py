@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hgr_models.losses import PredictWith
 from hgr_models.recording import Points, Policy, Prompts, record_runs
 from hgr_models.shards import Texts, write_runs, write_texts
+from hgr_models.training import autocast
 
 from .. import prompts as p
 from .. import world
@@ -73,7 +74,7 @@ def runs(
 
     In bf16: twice as fast, and its error in a direction (2 to 9 % of its rms) is noise that the next user's fp16 has too.
     """
-    predict = torch.autocast(model.device.type, torch.bfloat16)(model.denoised)
+    predict = autocast(model.device)(model.denoised)
     as_float = lambda *rows: predict(*rows).float()  # noqa: E731
     for i, start in enumerate(tqdm(range(0, len(prompts), batch), desc=title)):
         chunk = prompts[slice(start, start + batch)]
@@ -98,5 +99,5 @@ def write_prompts(model: DemoModel, pairs: list[p.Pair], folder: Path, name: str
 
 def frozen(device: torch.device) -> PredictWith:
     """The demo's denoiser for `python -m hgr_models.train --model demo.training.hgr_data:frozen`, in bf16."""
-    denoise = torch.autocast(device.type, torch.bfloat16)(DemoModel.load(str(device)).denoised)
+    denoise = autocast(device)(DemoModel.load(str(device)).denoised)
     return lambda points, prompts, tokens, pooled: denoise(points.x, points.sigma, tokens)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
-from hgr_models.training import learning_rate
+from hgr_models.training import autocast, learning_rate
 
 from .. import world
 from ..autoencoder import Autoencoder
@@ -85,7 +85,7 @@ def train(steps: int, device: str, seed: int) -> None:
         picks = torch.randint(0, POOL, (16,))
         x = augment(torch.cat([fresh, pool[picks].float() / 127.5 - 1]).to(device), rng)
         y = torch.cat([labels, pool_labels[picks]]).to(device)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast(x.device):
             evidence = judge(x)
         loss = F.binary_cross_entropy_with_logits(evidence.float(), y, pos_weight=torch.tensor(2.0)) * 10
         optimiser.zero_grad()

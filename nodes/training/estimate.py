@@ -19,6 +19,7 @@ from ...hgr_models.textspace import draw_readers
 from ...hgr_models.train_condition import READ_BATCH
 from ...hgr_models.train_guidance import POINTS
 from ...hgr_models.train_text import PAIR_TOKENS, TextObjective, random_texts
+from ...hgr_models.training import autocast
 from ..host.encoding import encode_groups
 from .frozen_model import FrozenModel
 from .plan import TrainPlan, in_bytes, in_words
@@ -213,7 +214,7 @@ def _guidance_loss(network, shape: tuple[int, ...], count: int) -> torch.Tensor:
     latents = [torch.randn(count, *shape, device=device) for _ in range(4)]
     harms, sigma = torch.zeros(count, network.config.categories, device=device), torch.ones(count, device=device)
     points = Points(latents[0], sigma, sigma, *latents[1:], harms, torch.arange(count))
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         error, b, q, _ = losses.guidance_losses(network, points, harms, harms, latents[3], sigma)
     return error.mean() + b + q
 
