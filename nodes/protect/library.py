@@ -15,20 +15,18 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_execution.utils import get_executing_context
 
 from ... import hgr_models
 from ...hgr_models import pairs as pp
 from ...hgr_models.encoders import RELATED, SAME, EncoderPrint, distance_between
 from ...hgr_models.files import remove_stale_parts
 from ...hgr_models.training_state import begin_again
-from ..host import known_hgrs
+from ..host import known_hgrs, server
 from ..host.architecture import architecture_of
 from ..host.embedded import clip_for
 from ..host.encoder_print import check_clip, encoder_of, is_patched, is_quantised, unpatched
 from ..host.families import base_of_model, family_of_hgr, family_of_model
 from ..host.hooks import without_safecfg
-from ..host.server import show_text
 from ..loader import FOLDER, SHIPPED, HGRModel, load_hgr_model, register_folder
 from ..training import cards, forward_check
 from ..training.frozen_model import BATCH_ERRORS, OtherClipError
@@ -285,10 +283,10 @@ def built_in_prompts(fast: bool = False) -> pp.PromptSet:
 
 def speaker(what: str) -> Callable[[str], None]:
     """A function that logs a line of text and shows it on the node that runs, if one does."""
-    context = get_executing_context()
+    show = server.speaker()
 
     def say(text: str) -> None:
         logger.info("SafeCFG %s: %s", what, text)
-        show_text(text, None if context is None else context.node_id)
+        show(text)
 
     return say
