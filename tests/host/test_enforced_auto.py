@@ -16,7 +16,7 @@ from safecfg.nodes.host.hooks import KEY
 from safecfg.nodes.protect import library
 
 from fakes import INFO, make_hgr, sample
-from test_protect import demo, files, folders  # noqa: F401 (fixtures: the demo without what ships, and a small training)
+from protecting import files, protect_demo, protect_folders  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def drawn(model, clip):
     return sample(model, *conds, steps=2)
 
 
-def test_it_is_made_kept_and_found_again(demo, folders, caplog, monkeypatch):  # noqa: F811
+def test_it_is_made_kept_and_found_again(demo, folders, caplog, monkeypatch):
     model, clip = demo
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
         first = enforced(model, (), Terms(auto=True), clip)
@@ -59,7 +59,7 @@ def test_another_base_is_noticed_once(tiny_model, caplog, monkeypatch):
     assert "random.safetensors" in message
 
 
-def test_without_a_clip_or_without_auto_nothing_is_made(demo, folders):  # noqa: F811
+def test_without_a_clip_or_without_auto_nothing_is_made(demo, folders):
     model, clip = demo
     for terms, its_clip in ((Terms(auto=True), None), (Terms(), clip)):
         with pytest.raises(hgr_models.HGRError, match="no HGR for a model of"):
@@ -67,7 +67,7 @@ def test_without_a_clip_or_without_auto_nothing_is_made(demo, folders):  # noqa:
     assert files(folders) == []
 
 
-def test_a_training_that_is_interrupted_lets_nothing_through(demo, folders, monkeypatch):  # noqa: F811
+def test_a_training_that_is_interrupted_lets_nothing_through(demo, folders, monkeypatch):
     import comfy.model_management as mm
 
     model, clip = demo

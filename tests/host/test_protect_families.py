@@ -9,7 +9,7 @@ from safecfg.nodes.protect import library
 from safecfg.nodes.training.prompt_recorder import LARGEST, bytes_of_prompt, plan_batches, write_prompts
 from safetensors.torch import load_file
 
-from test_protect import files, folders  # noqa: F401 (folders is a fixture)
+from protecting import files, protect_folders  # noqa: F401 (fixture)
 from text_encoders import FAMILIES, small_clip
 
 # parts, token width, pooled width, width of the narrower encoder along T
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_hgr_is_made_for_the_encoder_and_found_again(family, folders):  # noqa: F811
+def test_an_hgr_is_made_for_the_encoder_and_found_again(family, folders):
     with torch.inference_mode():
         clip = small_clip(family)
         hgr = library.find_or_make(clip)
@@ -56,7 +56,7 @@ def test_prompts_that_would_not_fit_the_disk_are_an_even_share():
     assert places[0] < 2 and places[-1] >= len(prompts.pairs) - 3  # of all categories, not the first ones
 
 
-def test_what_the_shards_take_is_known_before(folders):  # noqa: F811
+def test_what_the_shards_take_is_known_before(folders):
     """A language model gives every prompt tokens of its own count: what its shards take beside what was said, and no padding's worth."""
     with torch.inference_mode():
         clip, prompts = small_clip("Qwen-Image"), library.built_in_prompts()

@@ -13,7 +13,7 @@ from safecfg.nodes.host.hooks import KEY
 from safecfg.nodes.protect import library
 from safecfg.nodes.protect.protect import Protect
 
-from test_protect import files, folders  # noqa: F401 (folders is a fixture)
+from protecting import files, protect_folders  # noqa: F401 (fixture)
 from test_quantised import gguf_like, plain_fp8
 from text_encoders import FAMILIES, small_clip
 from zoo_models import build, latents
@@ -68,7 +68,7 @@ def _stored(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantised_checkpoints_share_what_another_one_had_made(family, folders, monkeypatch):  # noqa: F811
+def test_quantised_checkpoints_share_what_another_one_had_made(family, folders, monkeypatch):
     variant, clip = MODELS[family], small_clip(family)
     protected(build(variant), clip)
     (name,) = files(folders)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,13 @@ import comfy.samplers
 import comfy.supported_models
 import pytest
 import torch
-from safecfg.benchmarks.random_weights import randomise
 from safecfg.nodes.host.families import latents_of, prediction_of
 from safecfg.nodes.host.more_tokens import gather
 
 from fakes import CPU, INFO
+
+# By its path: a server's pack is the release, which has no benchmarks.
+randomise = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "random_weights.py"))["randomise"]
 
 FOUND: dict[str, dict] = {}  # what was seen per variant, for the counts and the table of models
 # Variants whose network is another's in all that matters here: taken on the newest host, or with ZOO=all.
