@@ -51,13 +51,13 @@ def _redirect_early(run: Run, args: dict) -> list[Tensor]:
     outputs, evaluation = args["conds_out"], _evaluation_of(args)
     sigma, conds = evaluation.sigma, args.get("conds") or [_role(run, "positive"), _role(run, "negative")]
     if not run.window.contains(sigma):
-        run.mark_handled(evaluation.x)
+        run.current.mark_handled(evaluation.x)
         return outputs
     if not is_active(conds[0], sigma):
         if conds[0] or not is_active(_role(run, "positive"), sigma):
-            run.mark_handled(evaluation.x)  # nothing is drawn
+            run.current.mark_handled(evaluation.x)  # nothing is drawn
         else:
-            run.withheld = True  # another node took the prompt away: what it draws later is not seen here
+            run.current.withheld = True  # another node took the prompt away: what it draws later is not seen here
         return outputs
     if outputs[0].shape != evaluation.x.shape:
         return outputs  # several predictions stacked: the CFG function gets them one by one, and so do our later hooks
@@ -66,7 +66,7 @@ def _redirect_early(run: Run, args: dict) -> list[Tensor]:
     role = "empty_negative_prompt" if base == 2 else "negative"
     active = negative is not None and is_active(negative, sigma)
     uncond_denoised = outputs[base] if active else negative_row(run, evaluation, role, negative)
-    run.mark_handled(evaluation.x)
+    run.current.mark_handled(evaluation.x)
     if uncond_denoised is None:
         _notice_flagged_prompts(run)
         return outputs
@@ -123,12 +123,12 @@ def _redirect_late(args: dict, cond: str, uncond: str) -> Tensor | None:
     The tensor itself is redirected: core gives it to every later hook of the evaluation (PAG, CFGZero*, Mahiro read it).
     """
     run = run_of(args.get("model_options"))
-    if run is None or run.handled_input is args["input"] or run.withheld:
+    if run is None or run.current.handled_input is args["input"] or run.current.withheld:
         return None
     evaluation, cond_denoised = _evaluation_of(args), args["cond_denoised"]
-    if any(done is cond_denoised for done in run.handled_late):
+    if any(done is cond_denoised for done in run.current.handled_late):
         return None
-    run.handled = True
+    run.current.handled = True
     sigma, conditions, negative = evaluation.sigma, *(_conditions(run, args, name) for name in (cond, uncond))
     if not is_active(conditions, sigma) or not run.window.contains(sigma):
         return None
@@ -137,7 +137,7 @@ def _redirect_late(args: dict, cond: str, uncond: str) -> Tensor | None:
     if uncond_denoised is None:
         _notice_flagged_prompts(run)
         return None
-    run.handled_late.append(cond_denoised)  # one evaluation may have several: each is redirected once
+    run.current.handled_late.append(cond_denoised)  # one evaluation may have several: each is redirected once
     safe = redirect(run, evaluation, cond_denoised, uncond_denoised)
     change = safe - cond_denoised
     cond_denoised.copy_(safe)
@@ -161,19 +161,17 @@ def predict_noise(executor, x, *args, **kwargs) -> Any:
     run.begin(x)
     try:
         out = executor(x, *args, **kwargs)
-        missed = run.evaluated and not run.handled
         if run.foreign:
             run.consistency.add(out)
     finally:
-        withheld = run.withheld
-        run.end()
+        run.current.close()
     if run.settings.by_condition and not run.saw_conditions:
         run.notice(f"{run.guider_name} samples without preparing its prompts through ComfyUI: they are not redirected.")
-    if run.settings.by_guidance and missed and withheld:
+    if run.settings.by_guidance and run.current.missed and run.current.withheld:
         run.notice(
             f"{run.path} took the prompt out of an evaluation and draws it elsewhere: the guidance redirector could not run."
         )
-    elif run.settings.by_guidance and missed:
+    elif run.settings.by_guidance and run.current.missed:
         run.notice(f"{run.path} evaluated the model without any guidance hook: the guidance redirector could not run.")
     return out
 
@@ -181,7 +179,7 @@ def predict_noise(executor, x, *args, **kwargs) -> Any:
 @guarded("look for prompts in patches", lambda run, *_: (run.guider.model_options, run.guider))
 def _before_batch(run: Run, model, conds, x, sigma, model_options) -> None:
     """For every batch of conditions: whether a guider asked for it, and whether other nodes brought prompts in the meantime."""
-    if run.input is None and any(is_active(c, sigma) for c in conds if c is not None and c is not _role(run, "negative")):
+    if run.current.x is None and any(is_active(c, sigma) for c in conds if c is not None and c is not _role(run, "negative")):
         run.notice(f"{run.path}: the sampler asks the model itself, past its guider, and gets what is not redirected.")
     if run.settings.by_condition and run.saw_conditions and (patcher := patcher_of(model.current_patcher)) is not None:
         run.patch_text.find_new(run, patcher, model_options, x, sigma)
@@ -193,11 +191,11 @@ def calc_cond_batch(executor, model, conds, x, sigma, model_options) -> Any:
         return executor(model, conds, x, sigma, model_options)
     _before_batch(run, model, conds, x, sigma, model_options)
     out = executor(model, conds, x, sigma, model_options)
-    run.evaluated = True
-    if not run.settings.sees_guidance or not run.is_dual or len(conds) != 3 or run.input is None:
+    run.current.model_ran = True
+    if not run.settings.sees_guidance or not run.is_dual or len(conds) != 3 or run.current.x is None:
         return out
     if not run.window.contains(sigma):
-        run.mark_handled(run.input)  # x is only a part of it under context windows
+        run.current.mark_handled(run.current.x)  # x is only a part of it under context windows
         return out
     return _redirect_dual(run, Evaluation(model, x, sigma, model_options), conds, out)
 
@@ -212,7 +210,7 @@ def _redirect_dual(run: Run, evaluation: Evaluation, conds, out) -> list[Tensor]
     (uncond, middle, positive), sigma = out, evaluation.sigma
     if conds[0] is None or not is_active(conds[0], sigma):
         uncond = negative_row(run, evaluation, given=conds[0])
-    run.mark_handled(run.input)
+    run.current.mark_handled(run.current.x)
     if uncond is None:
         _notice_flagged_prompts(run)
     if not is_active(conds[1], sigma):
@@ -247,14 +245,14 @@ def redirect(
     result = hgr_models.redirect_guidance(patcher.model, *tensors, run.settings.categories, flagged)
     if run.settings.remember_flagged:
         run.flagged[direction] = result.weights
-    if run.probing:
-        run.flagged_probe.put((result.weights > 0).any())
-        run.probing = False
+    if run.current.probing:
+        run.probes.flagged.put((result.weights > 0).any())
+        run.current.probing = False
     if run.settings.by_concept:
         guidance = tensors[0] if run.settings.judges_only else result.cond_denoised, tensors[1], tensors[3]
         concept_row = lambda conditions: part.take(extra_row(evaluation, conditions))  # noqa: E731
         result = concept_mode.redirect(run, evaluation, guidance, result, direction, concept_row)
-    run.meter.show_step(run.evaluation, run.readings.add(run.evaluation, tensors[3], tensors[0], tensors[1], result))
+    run.meter.show_step(run.evaluations, run.readings.add(run.evaluations, tensors[3], tensors[0], tensors[1], result))
     return part.put(cond_denoised, result.cond_denoised.to(cond_denoised))
 
 

@@ -25,9 +25,9 @@ def negative_row(run: Run, evaluation: Evaluation, base: str = "negative", given
     if bounded := any(entry.get(name) is not None for entry in negative for name in BOUNDS):
         active = [entry for entry in negative if is_active([entry], evaluation.sigma)]
         negative = active or [{k: v for k, v in entry.items() if k not in BOUNDS} for entry in negative]
-    elif not run.probe_due():
+    elif not run.probes.due() and not run.concepts.prompts:
         return None
-    run.probing = not bounded
+    run.current.probing = not bounded
     return extra_row(evaluation, negative)
 
 

@@ -7,11 +7,15 @@ functions as they are).
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
 from ... import hgr_models
+from ...hgr_models.hgr import Redirectors
 from ..host.hooks import KEY, LENT, SafeCFGError, as_float32
 from ..host.settings import ApplySettings
 from ..reporting.meter import Meter
@@ -24,6 +28,12 @@ PROBES = (0.0, 0.15, 0.4)  # where in a run the guidance redirector looks at a m
 logger = logging.getLogger(__name__)
 
 
+class Schedule(Protocol):
+    """What core's `model_sampling` classes share."""
+
+    def percent_to_sigma(self, percent: float) -> float | Tensor: ...
+
+
 @dataclass(frozen=True)
 class Window:
     """Noise levels at which SafeCFG acts: `low < sigma <= high`, both exactly representable in float32, as sigmas are."""
@@ -32,7 +42,7 @@ class Window:
     high: float
 
     @classmethod
-    def of(cls, model_sampling, start_percent: float, end_percent: float) -> "Window":
+    def of(cls, model_sampling: Schedule, start_percent: float, end_percent: float) -> "Window":
         """The window of a part of the schedule; open ends reach any sigma, sigma 0 included."""
         high = float("inf") if start_percent <= 0 else as_float32(model_sampling.percent_to_sigma(start_percent))
         low = -1.0 if end_percent >= 1 else as_float32(model_sampling.percent_to_sigma(end_percent))
@@ -51,7 +61,7 @@ class Window:
 class Evaluation:
     """One call of the model on a latent x (B, C, *spatial) at noise levels sigma (B,), as core's hooks describe it."""
 
-    model: Any
+    model: BaseModel
     x: Tensor
     sigma: Tensor
     model_options: dict
@@ -82,37 +92,91 @@ class Concepts:
 
 
 @dataclass(eq=False)
-class Run:
-    """One sampling run. Evaluation: one call of the model with all its conditions."""
+class Probes:
+    """Which evaluations without a negative the guidance redirector looks at: a few of `steps`, and more while it flags them."""
 
-    settings: ApplySettings
-    guider: Any = None
-    window: Window = Window(-1.0, float("inf"))
-    steps: int = 1  # inside the window
-    latent_shapes: tuple = ()  # of the latents that core packed into one (audio and video)
-    probes: int = 0  # evaluations inside the window that came without a negative
+    steps: int = 1  # evaluations inside the run's window
+    passed: int = 0  # of them: how many came without a negative
+    flagged: Lagged = field(default_factory=Lagged)  # what the last probe said
+
+    def due(self) -> bool:
+        """Counts an evaluation without a negative; True at the probes, and as long as the last one was flagged."""
+        due = {int(part * self.steps) for part in PROBES}
+        self.passed += 1
+        flagged = self.flagged.take()
+        return (flagged is not None and bool(flagged)) or self.passed - 1 in due
+
+
+@dataclass(eq=False)
+class EvaluationState:
+    """What our hooks did in one evaluation: a call of the model with all its conditions, from PREDICT_NOISE's start to its end.
+
+    After that `x` is None, until the next evaluation begins with a state of its own.
+    """
+
+    x: Tensor | None = None  # the latent that the sampler asks about
+    model_ran: bool = False  # False: a cache answered
+    handled: bool = False  # a hook saw the guidance
+    handled_input: Tensor | None = None  # the latent whose guidance was seen before any CFG function
+    handled_late: list[Tensor] = field(default_factory=list)  # predictions that a CFG hook redirected
+    withheld: bool = False  # another node took the prompt away from core
     probing: bool = False  # the next redirection is of a direction that a probe gave
-    flagged_probe: Lagged = field(default_factory=Lagged)
-    networks: set = field(default_factory=set)  # HGRs that redirected guidance: their packed weights go when the run ends
-    flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
-    concepts: Concepts = field(default_factory=Concepts)
-    evaluation: int = 0  # how many there were, this one included
+
+    @property
+    def missed(self) -> bool:
+        """Whether the model drew what no hook saw."""
+        return self.model_ran and not self.handled
+
+    def mark_handled(self, x: Tensor) -> None:
+        """The guidance of the latent x was seen, or draws nothing."""
+        self.handled, self.handled_input = True, x
+
+    def close(self) -> None:
+        """The evaluation is over: lets go of its tensors."""
+        self.x = self.handled_input = None
+        self.handled_late.clear()
+
+
+class PromptSearch(Protocol):
+    """What looks for prompts in other nodes' patches (patch_text.PatchText), which imports this module."""
+
+    def find_all(self, run: "Run", patcher: ModelPatcher, conds: dict[str, list[dict]]) -> None: ...
+    def find_new(self, run: "Run", patcher: ModelPatcher, model_options: dict, x: Tensor, sigma: Tensor) -> None: ...
+    def restore(self, run: "Run") -> None: ...
+
+
+@dataclass(eq=False)
+class Run:
+    """One sampling run, from OUTER_SAMPLE's start to its end; `current` is what lives for an evaluation only.
+
+    Code that calls core's sampling function without a guider has neither start nor end: a run of `settings` alone.
+    """
+
+    # Given at the start, and the same for the whole run.
+    settings: ApplySettings
+    guider: CFGGuider | None = None
+    sampler: Sampler | None = None
+    window: Window = Window(-1.0, float("inf"))
+    latent_shapes: tuple = ()  # of the latents that core packed into one (audio and video)
+    patch_text: PromptSearch | None = None
+    # Known when the prompts have been read (PREPARE_SAMPLING).
     saw_conditions: bool = False
     split_roles: list[tuple[str, object]] = field(default_factory=list)  # (role, uuid) of conditions to split by time
-    evaluated: bool = False  # this evaluation: the model ran
-    handled: bool = False  # this evaluation: a hook saw the guidance
-    handled_input: Tensor | None = None
-    handled_late: list[Tensor] = field(default_factory=list)  # this evaluation: predictions that were redirected after pre_cfg
-    withheld: bool = False  # this evaluation: another node took the prompt away from core
-    sampler: Any = None
-    foreign: bool = False  # code of another pack stands in for core's sampling function or guider
+    concepts: Concepts = field(default_factory=Concepts)
+    # Grows with every evaluation.
+    current: EvaluationState = field(default_factory=EvaluationState)
+    evaluations: int = 0  # how many there were, the current one included
+    foreign: bool = False  # from the first on: code of another pack stands in for core's sampling function or guider
+    probes: Probes = field(default_factory=Probes)
+    flagged: dict[str, Tensor] = field(default_factory=dict)  # remembered category weights (B, K), per guidance direction
+    networks: set[Redirectors] = field(default_factory=set)  # that redirected guidance: their packed weights go at the end
     consistency: Consistency = field(default_factory=Consistency)
-    patch_text: Any = None  # patch_text.PatchText: prompts in other nodes' patches
-    input: Tensor | None = None
     last_denoised: Tensor | None = None  # the sampler's last denoised latent
     noticed: set[str] = field(default_factory=set)
+    readings: Readings = field(init=False)
+    meter: Meter = field(init=False)
 
-    def __deepcopy__(self, memo) -> "Run":
+    def __deepcopy__(self, memo: dict) -> "Run":
         """Itself: some packs deep-copy a run's model options in every step, and this is still the same run."""
         return self
 
@@ -145,32 +209,16 @@ class Run:
 
     def begin(self, x: Tensor) -> None:
         """A new evaluation of the latent x."""
-        self.evaluated = self.handled = self.withheld = False
-        self.evaluation += 1
-        if self.evaluation == 1:
+        self.current = EvaluationState(x)
+        self.evaluations += 1
+        if self.evaluations == 1:
             of_guider = type(self.guider).__module__.partition(".")[0]
             self.foreign = bool(foreign_functions()) or of_guider not in ("comfy", "comfy_extras")
-        self.input, self.handled_input = x, None
-
-    def end(self) -> None:
-        self.input = self.handled_input = None
-        self.handled_late.clear()
-
-    def mark_handled(self, x: Tensor) -> None:
-        self.handled, self.handled_input = True, x
 
     def negative(self, base: str = "negative") -> list[dict] | None:
         """The guider's own negative, or the one that it was lent (already encoded for the model), for probing."""
         conds = getattr(self.guider, "conds", {})
         return conds.get(base) or conds.get("negative") or conds.get(LENT) or None
-
-    def probe_due(self) -> bool:
-        """Counts an evaluation without a negative; True at the probes, as long as the last one was flagged, and always where
-        a concept's row has a flagged prompt to act on."""
-        due = {int(part * self.steps) for part in PROBES}
-        self.probes += 1
-        flagged = self.flagged_probe.take()
-        return (flagged is not None and bool(flagged)) or self.probes - 1 in due or bool(self.concepts.prompts)
 
     def clear(self) -> None:
         """Lets go of everything that belongs to the run."""
@@ -183,14 +231,14 @@ class Run:
         self.flagged.clear()
         self.concepts = Concepts()
         self.split_roles.clear()
-        self.flagged_probe = Lagged()
+        self.probes = Probes()
         self.last_denoised = None
         self.readings.clear()
         self.meter.clear()
-        self.end()
+        self.current.close()
 
 
-def weight_patches(model) -> tuple:
+def weight_patches(model: ModelPatcher) -> tuple[dict[str, int], list[str]]:
     """What tells whether a MODEL got another LoRA or merge: how many patches each weight has, and LoRAs that core injects."""
     counts = {key: len(patches) for key, patches in model.patches.items()}
     return counts, sorted(key for key in getattr(model, "injections", {}) if "lora" in key.lower())
@@ -201,7 +249,7 @@ def run_of(model_options: dict | None) -> Run | None:
     return (model_options or {}).get(KEY)
 
 
-def patcher_of(model_patcher) -> Any:
+def patcher_of(model_patcher: ModelPatcher | None) -> ModelPatcher | None:
     """The HGR's patcher that a MODEL carries (a copy on another GPU carries its own); None when another node removed it."""
     models = model_patcher.get_additional_models_with_key(KEY) if model_patcher is not None else []
     return models[0] if models else None

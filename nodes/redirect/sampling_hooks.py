@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider, Sampler
 
 from ..host.families import check_family
 from ..host.hooks import CFG, KEY, NEGATIVE_ROLES, POST_CFG, PRE_CFG, SafeCFGError, is_training, put_hooks
@@ -17,7 +18,7 @@ from .conditions import lend_negative
 from .nan_guard import check_run
 from .others import guarded
 from .patch_text import PatchText
-from .runs import Run, Window, patcher_of, run_of, weight_patches
+from .runs import Probes, Run, Window, patcher_of, run_of, weight_patches
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ def make_outer_sample(settings: ApplySettings) -> Callable:
         put_hooks(options, make_hooks(settings))
         if settings.sees_guidance and CFG in options:
             options[CFG] = guidance_hooks.wrap_cfg(options[CFG])
-        run = options[KEY] = _start_run(settings, guider, sigmas)
-        run.sampler = sampler
-        run.latent_shapes = tuple(kwargs.get("latent_shapes") or ())
+        run = options[KEY] = _start_run(settings, guider, sampler, sigmas, kwargs)
         if settings.by_concept:
             concept_mode.start(run, sigmas, kwargs)
         lend_negative(guider, settings)
@@ -85,11 +84,13 @@ def make_outer_sample(settings: ApplySettings) -> Callable:
     return outer_sample
 
 
-def _start_run(settings: ApplySettings, guider, sigmas) -> Run:
+def _start_run(settings: ApplySettings, guider: CFGGuider, sampler: Sampler, sigmas: torch.Tensor, kwargs: dict) -> Run:
+    """The run that OUTER_SAMPLE starts, with its other arguments `kwargs`."""
     sampling = guider.model_patcher.get_model_object("model_sampling")
     window = Window.of(sampling, settings.start_percent, settings.end_percent)
     steps = sum(map(window.contains, sigmas[:-1].cpu()))
-    run = Run(settings, guider, window, max(1, steps), patch_text=PatchText())
+    shapes = tuple(kwargs.get("latent_shapes") or ())
+    run = Run(settings, guider, sampler, window, shapes, PatchText(), probes=Probes(max(1, steps)))
     run.meter.steps = max(1, len(sigmas) - 1)
     return run
 
@@ -153,7 +154,7 @@ def _notice_missing_negative(run: Run) -> None:
 
 def _check_path(run: Run, sigmas) -> None:
     """For the end of a run: whether its evaluations came to us, and what became of our results."""
-    if run.evaluation == 0 and len(sigmas) > 1:
+    if run.evaluations == 0 and len(sigmas) > 1:
         run.notice(f"{run.path}: {type(run.sampler).__name__} drew without asking its guider: nothing was redirected.")
     if run.consistency.ignored():
         run.notice(f"{run.path} does not use the redirected guidance that it was given: this picture is not redirected.")

@@ -10,8 +10,9 @@ from comfy_extras import nodes_easycache
 from safecfg import hgr_models
 from safecfg.nodes.host.hooks import SafeCFGError
 from safecfg.nodes.redirect import sampling_hooks
+from safecfg.nodes.redirect.runs import EvaluationState, Run
 
-from fakes import NEVER, KnownRedirection, Once, apply_hgr, guide, make_hgr, sample, turned
+from fakes import NEVER, KnownRedirection, Once, apply_hgr, guide, make_hgr, make_settings, sample, turned
 from test_guiders import cfg_guider
 
 ONLY_GUIDANCE = {"redirect": "guidance"}
@@ -200,3 +201,17 @@ def test_a_hgr_that_another_node_removed_is_noticed(tiny_model, tiny_cond):
     model.remove_additional_models("safecfg")
     with pytest.raises(SafeCFGError, match="another node removed the HGR"):
         sample(model, tiny_cond(1), tiny_cond(2))
+
+
+def test_an_evaluation_leaves_nothing_to_the_next():
+    run, first, second = Run(make_settings(make_hgr())), torch.zeros(1), torch.ones(1)
+    run.begin(first)
+    run.current.mark_handled(first)
+    run.current.handled_late.append(first)
+    run.current.model_ran = run.current.withheld = run.current.probing = True
+    ended = run.current
+    ended.close()
+    assert ended.x is None and ended.handled_input is None and not ended.handled_late  # no tensor is kept between the two
+    run.begin(second)
+    assert run.current.x is second and run.evaluations == 2
+    assert vars(run.current) == vars(EvaluationState(second))
