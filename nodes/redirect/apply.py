@@ -2,8 +2,9 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ... import hgr_models
@@ -13,7 +14,7 @@ from ..host.hooks import KEY, put_hooks, remove
 from ..host.more_tokens import TOKENS
 from ..host.schema import make_schema
 from ..host.settings import ApplySettings
-from ..loader import check_there
+from ..loader import HGRModel, check_there
 from ..reporting import audit
 from .apply_inputs import apply_inputs
 from .runs import weight_patches
@@ -22,7 +23,7 @@ from .sampling_hooks import make_hooks, make_wrappers
 logger = logging.getLogger(__name__)
 
 
-def install(model, hgr, settings: ApplySettings) -> None:
+def install(model: ModelPatcher, hgr: HGRModel, settings: ApplySettings) -> None:
     """Puts SafeCFG into a MODEL that the caller owns: the only place that does, whoever asks. The HGR acts on the model's device."""
     settings = replace(settings, weights=weight_patches(model))
     model.set_additional_models(KEY, [hgr.on(model.load_device).patcher])
@@ -32,7 +33,7 @@ def install(model, hgr, settings: ApplySettings) -> None:
         model.add_wrapper_with_key(kind, KEY, wrapper)
 
 
-def apply(model, hgr, settings: ApplySettings) -> Any:
+def apply(model: ModelPatcher, hgr: HGRModel, settings: ApplySettings) -> ModelPatcher:
     """A clone of a MODEL with SafeCFG; with every strength 0 it has none, and draws what the model alone draws.
 
     Raises HGRError when the HGR was trained for another family, or lacks a network that `settings` need.
@@ -47,7 +48,7 @@ def apply(model, hgr, settings: ApplySettings) -> Any:
     return model
 
 
-def _with_networks(hgr, settings: ApplySettings) -> ApplySettings:
+def _with_networks(hgr: HGRModel, settings: ApplySettings) -> ApplySettings:
     """Settings that need only networks which the HGR has: `both` goes on with one, unless it is strict; `concept` takes what there is."""
     networks = {"condition": settings.by_condition, "guidance": settings.by_guidance}
     if settings.judges_only and hgr.patcher.model.redirectors:
@@ -66,7 +67,7 @@ def _with_networks(hgr, settings: ApplySettings) -> ApplySettings:
     return settings
 
 
-def _encode_concepts(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
+def _encode_concepts(clip: CLIP | None, hgr: HGRModel, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
     """The HGR's concept prompts per category, encoded; None where a category is off. Raises HGRError when something is missing."""
     on = {name for name, strength in zip(hgr.info.categories, strengths, strict=True) if strength > 0}
     prompts = {name: hgr.info.concept_prompts.get(name, "").strip() for name in hgr.info.categories if name in on}
@@ -86,7 +87,7 @@ def _encode_concepts(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | No
     return tuple(encoded.get(name) for name in hgr.info.categories)
 
 
-def backing(clip, hgr, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
+def backing(clip: CLIP | None, hgr: HGRModel, strengths: tuple[float, ...]) -> tuple[list | None, ...]:
     """The concepts that act beside the redirectors of an HGR that its own check found weak; () for any other, or without a CLIP.
 
     A category without a concept prompt has none.
@@ -124,8 +125,9 @@ class Apply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, hgr, strength=1.0, threshold_offset=0.0, start_percent=0.0, end_percent=1.0, redirect="both", categories="",
-        strict=False, remember_flagged=True, audit_log=audit.OFF, clip=None, negative=None,
+        cls, model: ModelPatcher, hgr: HGRModel, strength: float = 1.0, threshold_offset: float = 0.0, start_percent: float = 0.0,
+        end_percent: float = 1.0, redirect: str = "both", categories: str = "", strict: bool = False, remember_flagged: bool = True,
+        audit_log: str = audit.OFF, clip: CLIP | None = None, negative: list | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         if not start_percent < end_percent:
             raise ValueError(f"Expected start_percent below end_percent, but got {start_percent} and {end_percent}.")

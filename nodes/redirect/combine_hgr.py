@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.model_management
 import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ... import hgr_models
@@ -27,7 +28,9 @@ class CombinedHGRModel(HGRModel):
 _combined: WeakValueDictionary[str, CombinedHGRModel] = WeakValueDictionary()  # by hash; alive as long as a graph uses it
 
 
-def load_combined_patcher(files: tuple[str, ...], disable_dynamic: bool = False, device=None) -> Any:
+def load_combined_patcher(
+    files: tuple[str, ...], disable_dynamic: bool = False, device: torch.device | None = None
+) -> ModelPatcher:
     """The networks of several files in one patcher; core calls it again for a copy on another GPU.
 
     The files are read again: networks that a single HGR's patcher moves between devices cannot have a second owner.
@@ -90,7 +93,9 @@ class CombineHGR(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, hgr_1, hgr_2, hgr_3=None, hgr_4=None) -> io.NodeOutput:
+    def execute(
+        cls, hgr_1: HGRModel, hgr_2: HGRModel, hgr_3: HGRModel | None = None, hgr_4: HGRModel | None = None
+    ) -> io.NodeOutput:
         return io.NodeOutput(combine([hgr for hgr in (hgr_1, hgr_2, hgr_3, hgr_4) if hgr is not None]))
 
 

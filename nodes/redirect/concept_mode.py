@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ... import hgr_models
@@ -25,7 +26,7 @@ def start(run: Run, sigmas: Tensor, kwargs: dict) -> None:
     run.concepts.limit, run.concepts.facts = warm_up_limit(SLD, sigmas), run_facts(kwargs)
 
 
-def encode(run: Run, guider, noise: Tensor, **facts) -> None:
+def encode(run: Run, guider: CFGGuider, noise: Tensor, **facts) -> None:
     """For SAMPLER_SAMPLE: makes the conditions of the concepts; none is evaluated before its category is flagged."""
     named = [(k, concept) for k, concept in enumerate(run.settings.concepts) if concept is not None]
     encoded = encode_rows(guider, [concept for _, concept in named], noise, {**facts, **run.concepts.facts})

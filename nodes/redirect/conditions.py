@@ -7,6 +7,8 @@ from dataclasses import replace
 import comfy.sampler_helpers
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 
 from ... import hgr_models
 from ..host.embedded import embedded
@@ -25,7 +27,7 @@ SHARED = ("guidance", "reference_latents", "reference_latents_method", "concat_l
 ORIGINALS = f"{KEY}_originals"  # a role of our own: core encodes the original prompts of conditions that are split by time
 
 
-def redirect_conditions(run: Run, patcher, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+def redirect_conditions(run: Run, patcher: ModelPatcher, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """A run's conditions per role, every flagged positive one replaced by a redirected copy.
 
     Outside the run's window the original prompt applies: `split_by_time` finishes that when core has encoded both.
@@ -76,7 +78,7 @@ def _text_of(run: Run, entry: dict) -> Text | None:
     return text
 
 
-def _redirect(run: Run, patcher, text: Text, entry: dict) -> hgr_models.ConditionResult:
+def _redirect(run: Run, patcher: ModelPatcher, text: Text, entry: dict) -> hgr_models.ConditionResult:
     device = patcher.load_device
     tokens, pooled, mask = (None if t is None else t.to(device) for t in (text.tokens, text.pooled, text.mask))
     result = hgr_models.redirect_condition(patcher.model, tokens, pooled, run.settings.categories, mask)
@@ -166,7 +168,7 @@ def _next_above(sigma: float) -> float:
     return -math.inf if sigma < 0 else float(np.nextafter(np.float32(sigma), np.float32(math.inf)))
 
 
-def lend_negative(guider, settings: ApplySettings) -> None:
+def lend_negative(guider: CFGGuider, settings: ApplySettings) -> None:
     """Gives a guider without a negative (BasicGuider), for this run, the one that the node got: guidance is measured against it.
 
     It has a role of its own, which core encodes like the others and never evaluates: the sampled rows stay as they are, to the

@@ -9,8 +9,9 @@ Unflagged rows come back bit for bit: the network's own `where` decides per row.
 """
 
 from collections.abc import Callable
-from typing import Any
 
+from comfy.model_base import BaseModel
+from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ... import hgr_models
@@ -35,7 +36,7 @@ def make_pre_cfg(settings: ApplySettings) -> Callable:
     """The hook for `sampler_pre_cfg_function`."""
 
     @guarded("redirect the guidance", _path_of)
-    def pre_cfg(args) -> Any:
+    def pre_cfg(args: dict) -> list[Tensor]:
         followed = run_of(args.get("model_options"))
         run = followed or _run_of_foreign_sampler(settings)
         outputs = _redirect_early(run, args)
@@ -78,7 +79,7 @@ def _redirect_early(run: Run, args: dict) -> list[Tensor]:
 def make_watch(settings: ApplySettings) -> Callable:
     """The hook for `sampler_pre_cfg_function` where guidance is not redirected: a sampler that prepares no prompts is noticed."""
 
-    def watch(args) -> Any:
+    def watch(args: dict) -> list[Tensor]:
         if run_of(args.get("model_options")) is None:
             _run_of_foreign_sampler(settings)
         return args["conds_out"]
@@ -90,7 +91,7 @@ def make_post_cfg(settings: ApplySettings) -> Callable:
     """The hook for `sampler_post_cfg_function`; it adds the scaled change, so nothing is added where nothing is flagged."""
 
     @guarded("redirect the guidance", _path_of)
-    def post_cfg(args) -> Any:
+    def post_cfg(args: dict) -> Tensor:
         run = run_of(args.get("model_options"))
         if run is not None and not run.consistency.used(args["cond_denoised"]) and run.foreign:
             run.consistency.add(args["denoised"])
@@ -103,12 +104,12 @@ def make_post_cfg(settings: ApplySettings) -> Callable:
     return post_cfg
 
 
-def wrap_cfg(function) -> Callable:
+def wrap_cfg(function: Callable) -> Callable:
     """Another node's `sampler_cfg_function`, given redirected guidance where no pre_cfg hook did that: it may not be linear."""
 
     redirect_late = guarded("redirect the guidance", lambda args, *_: _path_of(args))(_redirect_late)
 
-    def cfg(args) -> Any:
+    def cfg(args: dict) -> Tensor:
         if redirect_late(args, "input_cond", "input_uncond") is not None:
             args = {**args, "cond": args["input"] - args["cond_denoised"]}  # as core computes it
         return function(args)
@@ -153,7 +154,7 @@ def _role(run: Run, role: str) -> list[dict] | None:
     return getattr(run.guider, "conds", {}).get(role)
 
 
-def predict_noise(executor, x, *args, **kwargs) -> Any:
+def predict_noise(executor: WrapperExecutor, x: Tensor, *args, **kwargs) -> Tensor:
     """PREDICT_NOISE wrapper: an evaluation that no hook saw is noticed."""
     guider = executor.class_obj
     if (run := run_of(guider.model_options)) is None:
@@ -177,7 +178,9 @@ def predict_noise(executor, x, *args, **kwargs) -> Any:
 
 
 @guarded("look for prompts in patches", lambda run, *_: (run.guider.model_options, run.guider))
-def _before_batch(run: Run, model, conds, x, sigma, model_options) -> None:
+def _before_batch(
+    run: Run, model: BaseModel, conds: list[list[dict] | None], x: Tensor, sigma: Tensor, model_options: dict
+) -> None:
     """For every batch of conditions: whether a guider asked for it, and whether other nodes brought prompts in the meantime."""
     if run.current.x is None and any(is_active(c, sigma) for c in conds if c is not None and c is not _role(run, "negative")):
         run.notice(f"{run.path}: the sampler asks the model itself, past its guider, and gets what is not redirected.")
@@ -185,7 +188,14 @@ def _before_batch(run: Run, model, conds, x, sigma, model_options) -> None:
         run.patch_text.find_new(run, patcher, model_options, x, sigma)
 
 
-def calc_cond_batch(executor, model, conds, x, sigma, model_options) -> Any:
+def calc_cond_batch(
+    executor: WrapperExecutor,
+    model: BaseModel,
+    conds: list[list[dict] | None],
+    x: Tensor,
+    sigma: Tensor,
+    model_options: dict | None,
+) -> list[Tensor]:
     """CALC_COND_BATCH wrapper: redirects both directions of DualCFGGuider, negative -> middle -> positive."""
     if (run := run_of(model_options)) is None:
         return executor(model, conds, x, sigma, model_options)
@@ -205,8 +215,9 @@ def _dual_path(run: Run, evaluation: Evaluation, *_) -> tuple:
 
 
 @guarded("redirect the guidance", _dual_path)
-def _redirect_dual(run: Run, evaluation: Evaluation, conds, out) -> list[Tensor]:
+def _redirect_dual(run: Run, evaluation: Evaluation, conds: list[list[dict] | None], out: list[Tensor]) -> list[Tensor]:
     """[uncond, middle, positive] with middle redirected from uncond and positive from the raw middle."""
+    uncond: Tensor | None
     (uncond, middle, positive), sigma = out, evaluation.sigma
     if conds[0] is None or not is_active(conds[0], sigma):
         uncond = negative_row(run, evaluation, given=conds[0])

@@ -30,7 +30,7 @@ def foreign_functions() -> list[str]:
     return _names(function for function in found if _module(function) != "comfy.samplers")
 
 
-def others_of(model_options: dict | None, guider=None, sampler=None) -> list[str]:
+def others_of(model_options: dict | None, guider: object | None = None, sampler: object | None = None) -> list[str]:
     """Names of the packs (of core's own nodes: of the modules) that hook into a run, without SafeCFG."""
     functions = list(_hooks(model_options or {}))
     functions += [part for part in (guider, sampler) if part is not None]
@@ -48,7 +48,7 @@ def _hooks(model_options: dict) -> Iterator[object]:
         yield from _values(options.get(name))
 
 
-def _values(value) -> Iterator[object]:
+def _values(value: object) -> Iterator[object]:
     """What lists and dicts hold, at any depth."""
     if isinstance(value, dict):
         value = value.values()
@@ -63,7 +63,7 @@ def _names(values: Iterable[object]) -> list[str]:
     return sorted({name for value in values if value is not None and (name := _name(_module(value)))})
 
 
-def _module(value) -> str:
+def _module(value: object) -> str:
     function = getattr(value, "func", value)  # of a partial
     return str(getattr(function, "__module__", None) or type(function).__module__)
 
@@ -83,7 +83,7 @@ def guarded(did: str, run_of_args: Callable) -> Callable:
     `run_of_args` gives the hook's (model_options, guider) from its arguments.
     """
 
-    def decorate(function) -> Callable:
+    def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def guard(*args, **kwargs) -> Any:
             try:
@@ -98,7 +98,7 @@ def guarded(did: str, run_of_args: Callable) -> Callable:
     return decorate
 
 
-def explained(error: Exception, did: str, model_options: dict | None, guider=None) -> SafeCFGError:
+def explained(error: Exception, did: str, model_options: dict | None, guider: object | None = None) -> SafeCFGError:
     """The error for the user."""
     names = others_of(model_options, guider)
     where = f"Other nodes on this model's path: {', '.join(names)}. " if names else ""

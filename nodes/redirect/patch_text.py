@@ -8,10 +8,10 @@ where they are, in all places, for this run, and put back when it ends.
 import weakref
 from collections.abc import Iterable
 from re import compile as pattern
-from typing import Any
 
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import hgr_models
@@ -21,7 +21,7 @@ from ..host.more_tokens import TOKENS
 from .nan_guard import unreadable_prompt
 from .places import identities_of, lengths_of, options_of, other_places, search_for
 from .runs import Run
-from .search import Find, Search
+from .search import Array, Find, Search
 
 NEGATIVE, POSITIVE = (
     pattern(rf"(?:^|[^a-z])(?:{words})(?:[^a-z]|$)") for words in ("neg|negatives?|unconds?|nocond|empty|null", "pos|positives?")
@@ -46,7 +46,7 @@ class PatchText:
         self._holders = 0  # that the last search of the model's options met
         self._patches: tuple = ()  # what the last search saw of the patches, by identity
 
-    def find_all(self, run: Run, patcher, conds: dict[str, list[dict]]) -> None:
+    def find_all(self, run: Run, patcher: ModelPatcher, conds: dict[str, list[dict]]) -> None:
         """For the start of a run, when the HGR is loaded: everything that the run was given."""
         self._negatives = [t for role in NEGATIVE_ROLES for entry in conds.get(role, ()) if (t := entry.get(TOKENS)) is not None]
         for tokens in (entry.get(TOKENS) for role, es in conds.items() if not role.startswith(KEY) for entry in es):
@@ -61,7 +61,7 @@ class PatchText:
             search.look(value, label, put)
         self._finish(run, patcher, search)
 
-    def find_new(self, run: Run, patcher, model_options: dict, x: Tensor, sigma: Tensor) -> None:
+    def find_new(self, run: Run, patcher: ModelPatcher, model_options: dict, x: Tensor, sigma: Tensor) -> None:
         """For every evaluation of a latent x: patches that came, or changed, in the run. Where there are none it costs microseconds.
 
         Outside the run's window the prompts are as they were.
@@ -84,19 +84,19 @@ class PatchText:
         search.finds = [find for find in search.finds if find.value.shape[-2] not in features]
         self._finish(run, patcher, search)
 
-    def _finish(self, run: Run, patcher, search: Search) -> None:
+    def _finish(self, run: Run, patcher: ModelPatcher, search: Search) -> None:
         if not search.complete:
             run.notice(f"{run.guider_name}: other nodes' patches hold more than SafeCFG can search for prompts.")
         new = [find for find in search.finds if not self._knows(find.value) and not self._is_negative(find)]
         if new:
             self._judge(run, patcher, new)
 
-    def _knows(self, value) -> bool:
+    def _knows(self, value: Array) -> bool:
         """Whether a tensor was read already, or is a copy of one that we made safe."""
         known = self._judged.get(id(value))
         return (known is not None and known() is value) or any(_same(value, safe) for safe, _ in self._safe)
 
-    def _remember(self, value) -> None:
+    def _remember(self, value: Array) -> None:
         self._judged[id(value)] = weakref.ref(value)
 
     def _is_negative(self, find: Find) -> bool:
@@ -107,7 +107,7 @@ class PatchText:
             return True
         return any(_same(find.value, negative) for negative in self._negatives)
 
-    def _judge(self, run: Run, patcher, finds: list[Find]) -> None:
+    def _judge(self, run: Run, patcher: ModelPatcher, finds: list[Find]) -> None:
         """Reads every new tensor once, and exchanges the flagged ones wherever they are."""
         by_tensor: dict[int, list[Find]] = {}
         for find in finds:
@@ -127,7 +127,7 @@ class PatchText:
                 continue
             self._exchange(run, value, _shaped_as(value, result.tokens), places)
 
-    def _exchange(self, run: Run, original, safe, places: list[Find]) -> None:
+    def _exchange(self, run: Run, original: Array, safe: Array, places: list[Find]) -> None:
         self._remember(safe)
         self._safe.append((safe, original))
         for find in places:
@@ -162,19 +162,19 @@ class PatchText:
                 find.exchange(new.to(find.value) if isinstance(new, Tensor) else new)
 
 
-def _tokens_of(value) -> Tensor | None:
+def _tokens_of(value: Array) -> Tensor | None:
     """Tokens (N, T, D) of a find; None for what has no negative values, as masks of the width have."""
     tokens = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     return tokens.reshape(-1, *tokens.shape[-2:]) if bool((tokens < 0).any()) else None
 
 
-def _shaped_as(value, tokens: Tensor) -> Any:
+def _shaped_as(value: Array, tokens: Tensor) -> Array:
     if isinstance(value, np.ndarray):
         return tokens.reshape(value.shape).cpu().numpy().astype(value.dtype)
     return tokens.reshape(value.shape).to(value)
 
 
-def _read(run: Run, patcher, tokens: Tensor, path: str) -> hgr_models.ConditionResult | None:
+def _read(run: Run, patcher: ModelPatcher, tokens: Tensor, path: str) -> hgr_models.ConditionResult | None:
     """What the condition redirector makes of tokens (N, T, D), if it flags any; the readings get what it saw."""
     text = Text(tokens.to(patcher.load_device), None, None)
     result = hgr_models.redirect_condition(patcher.model, text.tokens, None, run.settings.categories, None)
@@ -192,7 +192,7 @@ def _read(run: Run, patcher, tokens: Tensor, path: str) -> hgr_models.ConditionR
     return result
 
 
-def _same(value, other) -> bool:
+def _same(value: Array, other: Array) -> bool:
     """Whether two finds are the same text, on whatever device and in whatever dtype."""
     if value is other:
         return True

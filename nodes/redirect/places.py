@@ -15,7 +15,7 @@ from ..host.families import NO_TEXT, OTHER_TEXT, POOLED
 from ..host.hooks import KEY, NEGATIVE_ROLES
 from ..host.more_tokens import MASK, MORE, TOKENS
 from .runs import Run
-from .search import Search
+from .search import Array, Search
 
 OURS = __package__.removesuffix(".nodes.redirect")  # of the pack's modules
 OWN_KEYS = frozenset({KEY, f"{KEY}_concept", "multigpu_clones"})  # of model_options: runs of ours, copies of the model
@@ -41,16 +41,16 @@ def search_for(run: Run) -> Search:
     return Search(lambda value: _has_width(value, width), _skip, OWN_KEYS)
 
 
-def _has_width(value, width: int) -> bool:
+def _has_width(value: Array, width: int) -> bool:
     """Whether a tensor can be tokens (..., T, D) of this width; a single vector is a pooled one."""
     return value.ndim >= 2 and value.shape[-1] == width and value.shape[-2] > 1 and 0 not in value.shape and _is_floating(value)
 
 
-def _is_floating(value) -> bool:
+def _is_floating(value: Array) -> bool:
     return value.is_floating_point() if isinstance(value, Tensor) else np.issubdtype(value.dtype, np.floating)
 
 
-def _skip(value) -> bool:
+def _skip(value: object) -> bool:
     package = str(getattr(value, "__module__", None) or type(value).__module__)  # of a function: where it was written
     if isinstance(value, NO_PROMPTS) or (f"{package}.".startswith(f"{OURS}.") and not hasattr(value, "_safecfg_wraps")):
         return True
@@ -84,7 +84,7 @@ def options_of(model_options: dict) -> Iterator[tuple[str, object, object]]:
             yield "" if key == "transformer_options" else str(key), value, None
 
 
-def understood(key: str, value, width: int) -> bool:
+def understood(key: str, value: object, width: int) -> bool:
     """Whether a condition's unknown key holds tensors of the tokens' width alone: those the search finds."""
     if key in READ:
         return False

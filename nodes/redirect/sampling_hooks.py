@@ -6,7 +6,9 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 
 from ..host.families import check_family
@@ -48,8 +50,17 @@ def make_outer_sample(settings: ApplySettings) -> Callable:
     """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
 
     def outer_sample(
-        executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None, **kwargs
-    ) -> Any:
+        executor: WrapperExecutor,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        sampler: Sampler,
+        sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        callback: Callable | None = None,
+        disable_pbar: bool = False,
+        seed: int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         guider, options = executor.class_obj, executor.class_obj.model_options
         if is_training(sampler):
             put_hooks(options, {})
@@ -95,12 +106,12 @@ def _start_run(settings: ApplySettings, guider: CFGGuider, sampler: Sampler, sig
     return run
 
 
-def _keep_denoised(run: Run, callback) -> Callable | None:
+def _keep_denoised(run: Run, callback: Callable | None) -> Callable | None:
     """A sampler's callback that keeps the last denoised latent for the run's end: SamplerCustom's second output is made of it."""
     if callback is None:
         return None
 
-    def keep_denoised(step, x0, *args, **kwargs) -> Any:
+    def keep_denoised(step: int, x0: torch.Tensor, *args, **kwargs) -> Any:
         run.last_denoised = x0
         return callback(step, x0, *args, **kwargs)
 
@@ -152,7 +163,7 @@ def _notice_missing_negative(run: Run) -> None:
         )
 
 
-def _check_path(run: Run, sigmas) -> None:
+def _check_path(run: Run, sigmas: torch.Tensor) -> None:
     """For the end of a run: whether its evaluations came to us, and what became of our results."""
     if run.evaluations == 0 and len(sigmas) > 1:
         run.notice(f"{run.path}: {type(run.sampler).__name__} drew without asking its guider: nothing was redirected.")
@@ -170,13 +181,15 @@ def _notice_later_weights(run: Run) -> None:
 
 
 @guarded("redirect the prompts", lambda run, *_: (run.guider.model_options, run.guider))
-def _redirect_prompts(run: Run, patcher, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+def _redirect_prompts(run: Run, patcher: ModelPatcher, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
     conds = conditions.redirect_conditions(run, patcher, conds)
     run.patch_text.find_all(run, patcher, conds)
     return conds
 
 
-def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs) -> Any:
+def prepare_sampling(
+    executor: WrapperExecutor, model: ModelPatcher, noise_shape: list[int], conds: dict[str, list[dict]], *args, **kwargs
+) -> tuple[BaseModel, dict[str, list[dict]], list[ModelPatcher]]:
     """PREPARE_SAMPLING wrapper: rewrites the run's conditions as soon as the HGR is loaded with the model."""
     real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
     run = run_of(kwargs.get("model_options") or (args[0] if args else None))
@@ -189,8 +202,17 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs) -> An
 
 
 def sampler_sample(
-    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs
-) -> Any:
+    executor: WrapperExecutor,
+    guider: CFGGuider,
+    sigmas: torch.Tensor,
+    extra_args: dict,
+    callback: Callable | None,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None = None,
+    denoise_mask: torch.Tensor | None = None,
+    *args,
+    **kwargs,
+) -> torch.Tensor:
     """SAMPLER_SAMPLE wrapper: here the conditions are encoded, and those that act for a part of the run are split."""
     run = run_of(guider.model_options)
     if run is not None and run.split_roles:

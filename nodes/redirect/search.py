@@ -48,13 +48,14 @@ CONTAINERS = frozenset({dict, list, tuple})
 NO_TOKENS = (".weight", ".bias", "pooled_output")  # ends of keys of what is no text: a network's state, a prompt's pooled vector
 
 Setter = Callable[[object], None]
+Array = Tensor | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Find:
     """A tensor (or array) at `path`, such as `patch.conds[1]`; `put` exchanges it where it is, None: it cannot be exchanged."""
 
-    value: Any
+    value: Array
     path: str
     put: Setter | None
 
@@ -85,7 +86,7 @@ class Search:
         self._seen: dict[int, object] = {}
         self._looked = 0
 
-    def look(self, value, path: str = "", put: Setter | None = None) -> None:
+    def look(self, value: object, path: str = "", put: Setter | None = None) -> None:
         """Adds what `value` is or holds: nearest first, as deep as it goes."""
         waiting = deque([(value, path, put)])
         while waiting:
@@ -111,7 +112,7 @@ class Search:
             ]
 
 
-def _children(value, put: Setter | None, skip_keys: frozenset) -> Iterable[tuple[object, str, Setter | None]]:
+def _children(value: object, put: Setter | None, skip_keys: frozenset) -> Iterable[tuple[object, str, Setter | None]]:
     if isinstance(value, (dict, Mapping)):
         return _of_mapping(value, skip_keys)
     if isinstance(value, (list, deque)):
@@ -133,26 +134,26 @@ def _children(value, put: Setter | None, skip_keys: frozenset) -> Iterable[tuple
     return _of_object(value)
 
 
-def _of_mapping(value, skip_keys: frozenset) -> Iterable:
-    settable = isinstance(value, MutableMapping)
+def _of_mapping(value: Mapping, skip_keys: frozenset) -> Iterable:
+    settable = value if isinstance(value, MutableMapping) else None
     for key, child in list(value.items()):
         if key not in skip_keys and not (isinstance(key, str) and key.endswith(NO_TOKENS)):
             name = f"[{key!r}]" if isinstance(key, (str, int)) else "[...]"
-            yield child, name, functools.partial(value.__setitem__, key) if settable else None
+            yield child, name, None if settable is None else functools.partial(settable.__setitem__, key)
 
 
-def _of_tuple(value, put: Setter | None) -> Iterable:
+def _of_tuple(value: tuple, put: Setter | None) -> Iterable:
     """A tuple is made again, and put where it was; several exchanges in it add up."""
     items = list(value)
 
-    def put_item(put: Setter, i: int, new) -> None:
+    def put_item(put: Setter, i: int, new: object) -> None:
         items[i] = new
         put(type(value)(*items) if hasattr(value, "_fields") else tuple(items))
 
     return [(child, f"[{i}]", functools.partial(put_item, put, i) if put else None) for i, child in enumerate(value)]
 
 
-def _of_function(function) -> Iterable:
+def _of_function(function: types.FunctionType) -> Iterable:
     name = f"{function.__qualname__.rpartition('<locals>.')[2]}"
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -189,7 +190,7 @@ def _of_class(kind: type) -> Iterable:
             yield child, f".{name}", functools.partial(setattr, kind, name)
 
 
-def _of_object(value) -> Iterable:
+def _of_object(value: object) -> Iterable:
     kind = type(value)
     if kind.__module__.partition(".")[0] in FOREIGN:
         return
