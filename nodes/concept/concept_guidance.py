@@ -1,15 +1,17 @@
 """`SafeCFG Concept Guidance`: a training-free guard for models that have no HGR yet."""
 
 import logging
-from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ... import hgr_models
 from ...hgr_models.concept_removal import CRGSettings
 from ..host.concept_rows import encode_prompt
 from ..host.schema import make_schema
+from ..loader import HGRModel
 from . import safree_hooks
 from .concept_hooks import KEY, ConceptSettings, make_pre_cfg, make_wrappers, put_hook
 from .concept_inputs import CUSTOM, concept_inputs
@@ -20,7 +22,7 @@ STRONG = hgr_models.SLD_PRESETS["Strong"]
 logger = logging.getLogger(__name__)
 
 
-def remove(model) -> bool:
+def remove(model: ModelPatcher) -> bool:
     """Takes concept guidance out of a MODEL that the caller owns; whether it was there."""
     there = model.wrappers.get(WrappersMP.OUTER_SAMPLE, {})
     was_there = KEY in there or safree_hooks.KEY in there
@@ -32,7 +34,7 @@ def remove(model) -> bool:
     return was_there
 
 
-def guard(model, settings: ConceptSettings) -> Any:
+def guard(model: ModelPatcher, settings: ConceptSettings) -> ModelPatcher:
     """A clone of a MODEL with concept guidance; with safety scale 0 it has none, and draws what the model alone draws."""
     model = _without_guard(model)
     if settings.acts:
@@ -42,7 +44,7 @@ def guard(model, settings: ConceptSettings) -> Any:
     return model
 
 
-def guard_prompt(model, prompt: SafreePrompt, strict: bool) -> Any:
+def guard_prompt(model: ModelPatcher, prompt: SafreePrompt, strict: bool) -> ModelPatcher:
     """A clone of a MODEL that draws SAFREE's version of a prompt; of one that SAFREE leaves alone it draws what the model alone draws."""
     model = _without_guard(model)
     if prompt.acts:
@@ -51,14 +53,14 @@ def guard_prompt(model, prompt: SafreePrompt, strict: bool) -> Any:
     return model
 
 
-def _without_guard(model) -> Any:
+def _without_guard(model: ModelPatcher) -> ModelPatcher:
     model = model.clone()
     if remove(model):
         logger.warning("SafeCFG Concept Guidance: this model went through the node before; only the last one counts.")
     return model
 
 
-def prompts_of(hgr, concepts: str) -> dict[str, str]:
+def prompts_of(hgr: HGRModel | None, concepts: str) -> dict[str, str]:
     """Concept prompts by category: the HGR's own, or, without an HGR, those of the text. Raises HGRError when there are none."""
     if hgr is None:
         return hgr_models.parse_concepts(concepts)
@@ -90,9 +92,10 @@ class ConceptGuidance(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, method="SLD", preset="Strong", warm_up=STRONG.warm_up, safety_scale=STRONG.scale, threshold=STRONG.threshold,
-        momentum_scale=STRONG.momentum_scale, momentum_beta=STRONG.momentum_beta, concepts=hgr_models.DEFAULT_CONCEPTS, strict=False,
-        hgr=None, prompt="", presence_threshold=0.0, removal_scale=1.0,
+        cls, model: ModelPatcher, clip: CLIP | None, method: str = "SLD", preset: str = "Strong", warm_up: float = STRONG.warm_up,
+        safety_scale: float = STRONG.scale, threshold: float = STRONG.threshold, momentum_scale: float = STRONG.momentum_scale,
+        momentum_beta: float = STRONG.momentum_beta, concepts: str = hgr_models.DEFAULT_CONCEPTS, strict: bool = False,
+        hgr: HGRModel | None = None, prompt: str = "", presence_threshold: float = 0.0, removal_scale: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         custom = (warm_up, safety_scale, threshold, momentum_scale, momentum_beta)
         sld = hgr_models.SLDSettings(*custom) if preset == CUSTOM else hgr_models.SLD_PRESETS[preset]

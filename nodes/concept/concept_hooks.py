@@ -7,10 +7,11 @@ the HGR judges the guidance as the model gave it, and the concepts act on what i
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import comfy.samplers
-from comfy.patcher_extension import WrappersMP
+from comfy.model_base import BaseModel
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
 from ... import hgr_models
@@ -53,7 +54,7 @@ class ConceptRun:
     handled: bool = False  # this evaluation: our hook saw the guidance
     noticed: set[str] = field(default_factory=set)
 
-    def __deepcopy__(self, memo) -> "ConceptRun":
+    def __deepcopy__(self, memo: dict) -> "ConceptRun":
         """Itself, as `Run`."""
         return self
 
@@ -85,7 +86,7 @@ def run_of(model_options: dict | None) -> ConceptRun | None:
     return (model_options or {}).get(KEY)
 
 
-def put_hook(model_options: dict, hook=None) -> None:
+def put_hook(model_options: dict, hook: Callable | None = None) -> None:
     """Makes our hook the first of its list but for SafeCFG Apply's, once, whatever other nodes made of the list; None removes it."""
     others = model_options.get(PRE_CFG, [])
     others = list(others) if isinstance(others, (list, tuple)) else [others]
@@ -107,7 +108,9 @@ def make_wrappers(settings: ConceptSettings) -> dict:
 def make_outer_sample(settings: ConceptSettings) -> Callable:
     """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
 
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> Any:
+    def outer_sample(
+        executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs
+    ) -> Tensor:
         guider, options = executor.class_obj, executor.class_obj.model_options
         if is_training(sampler):
             put_hook(options)
@@ -130,7 +133,7 @@ def make_outer_sample(settings: ConceptSettings) -> Callable:
     return outer_sample
 
 
-def _guard(settings: ConceptSettings, guider, sigmas: Tensor) -> hgr_models.ConceptGuard | ConceptRemoval:
+def _guard(settings: ConceptSettings, guider: CFGGuider, sigmas: Tensor) -> hgr_models.ConceptGuard | ConceptRemoval:
     """What steers a run over `sigmas` (S + 1,)."""
     if settings.crg is None:
         return hgr_models.ConceptGuard(settings.sld)
@@ -139,8 +142,17 @@ def _guard(settings: ConceptSettings, guider, sigmas: Tensor) -> hgr_models.Conc
 
 
 def sampler_sample(
-    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs
-) -> Any:
+    executor: WrapperExecutor,
+    guider: CFGGuider,
+    sigmas: Tensor,
+    extra_args: dict,
+    callback: Callable | None,
+    noise: Tensor,
+    latent_image: Tensor | None = None,
+    denoise_mask: Tensor | None = None,
+    *args,
+    **kwargs,
+) -> Tensor:
     """SAMPLER_SAMPLE wrapper: core has encoded the run's conditions for the model; so are the concepts, in the same way."""
     if (run := run_of(guider.model_options)) is not None:
         facts = {"latent_image": latent_image, "denoise_mask": denoise_mask, "seed": extra_args.get("seed"), **run.extra}
@@ -151,7 +163,7 @@ def sampler_sample(
 def make_pre_cfg(settings: ConceptSettings) -> Callable:
     """The hook for `sampler_pre_cfg_function`."""
 
-    def pre_cfg(args) -> list:
+    def pre_cfg(args: dict) -> list[Tensor]:
         outputs, conds, sigma = args["conds_out"], args["conds"], args["sigma"]
         run = run_of(args["model_options"])
         if run is None:
@@ -193,7 +205,7 @@ def _steer(run: ConceptRun, args: dict, uncond_denoised: Tensor) -> Tensor:
     return run.guard.steer(cond_denoised, uncond_denoised, concepts, units_of(model, sigma), active)
 
 
-def predict_noise(executor, *args, **kwargs) -> Any:
+def predict_noise(executor: WrapperExecutor, *args, **kwargs) -> Tensor:
     """PREDICT_NOISE wrapper: an evaluation that our hook did not see is noticed."""
     if (run := run_of(executor.class_obj.model_options)) is None:
         return executor(*args, **kwargs)
@@ -204,7 +216,14 @@ def predict_noise(executor, *args, **kwargs) -> Any:
     return out
 
 
-def calc_cond_batch(executor, model, conds, x, sigma, model_options) -> Any:
+def calc_cond_batch(
+    executor: WrapperExecutor,
+    model: BaseModel,
+    conds: list[list[dict] | None],
+    x: Tensor,
+    sigma: Tensor,
+    model_options: dict | None,
+) -> list[Tensor]:
     """CALC_COND_BATCH wrapper: the model runs (a cache may skip it)."""
     if (run := run_of(model_options)) is not None:
         run.evaluated = True

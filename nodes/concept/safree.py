@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ... import hgr_models
@@ -24,7 +25,7 @@ class SafreePrompt:
         return bool(self.found.triggers.any())
 
 
-def read_prompt(clip, prompt: str, concepts: list[str]) -> SafreePrompt:
+def read_prompt(clip: CLIP | None, prompt: str, concepts: list[str]) -> SafreePrompt:
     """What SAFREE makes of a prompt, away from concepts: words or phrases, separated by commas.
 
     Raises HGRError for a CLIP of several encoders, or one whose vectors of texts and tokens have different widths, for which the method
@@ -52,7 +53,7 @@ def read_prompt(clip, prompt: str, concepts: list[str]) -> SafreePrompt:
     return SafreePrompt(plain, found.tokens[None], found)
 
 
-def _only_encoder(clip) -> str:
+def _only_encoder(clip: CLIP) -> str:
     """The name of a CLIP's one encoder."""
     tokens = clip.tokenize("")
     if not isinstance(tokens, dict) or len(tokens) != 1:
@@ -63,7 +64,7 @@ def _only_encoder(clip) -> str:
     return next(iter(tokens))
 
 
-def _special(clip, name: str) -> set:
+def _special(clip: CLIP, name: str) -> set:
     """Ids that an empty prompt has: they begin, end and pad."""
     return {entry[0] for chunk in clip.tokenize("")[name] for entry in chunk if isinstance(entry[0], int)}
 
@@ -85,12 +86,12 @@ def _without(chunks: list, place: tuple[int, int]) -> list:
     return masked
 
 
-def _encode(clip, tokens: dict) -> tuple[Tensor, Tensor | None]:
+def _encode(clip: CLIP, tokens: dict) -> tuple[Tensor, Tensor | None]:
     encoded, pooled = clip.encode_from_tokens(tokens, return_pooled=True)[:2]
     return encoded.cpu(), None if pooled is None else pooled.cpu()
 
 
-def _vector(clip, tokens: dict) -> Tensor:
+def _vector(clip: CLIP, tokens: dict) -> Tensor:
     """The vector (D,) of a text: the pooled one; of encoders without, the first token's, as the authors do for T5."""
     encoded, pooled = _encode(clip, tokens)
     if pooled is None:

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import comfy.samplers
-from comfy.patcher_extension import WrappersMP
+from comfy.model_base import BaseModel
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
 from ...hgr_models.safree import filtered_steps
@@ -32,7 +33,7 @@ class SafreeRun:
     exchanged: dict = field(default_factory=dict)
     used: bool = False
 
-    def __deepcopy__(self, memo) -> "SafreeRun":
+    def __deepcopy__(self, memo: dict) -> "SafreeRun":
         """Itself: core copies model options."""
         return self
 
@@ -55,7 +56,9 @@ def make_wrappers(prompt: SafreePrompt, strict: bool) -> dict:
 def make_outer_sample(prompt: SafreePrompt, strict: bool) -> Callable:
     """OUTER_SAMPLE wrapper: starts a run in the guider's own (per-run) model options, and ends it whatever happens."""
 
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> Any:
+    def outer_sample(
+        executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs
+    ) -> Tensor:
         options = executor.class_obj.model_options
         if is_training(sampler):
             logger.warning("SafeCFG Concept Guidance: not applied while training: a LoRA learns from the model as it is.")
@@ -76,8 +79,17 @@ def make_outer_sample(prompt: SafreePrompt, strict: bool) -> Callable:
 
 
 def sampler_sample(
-    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs
-) -> Any:
+    executor: WrapperExecutor,
+    guider: CFGGuider,
+    sigmas: Tensor,
+    extra_args: dict,
+    callback: Callable | None,
+    noise: Tensor,
+    latent_image: Tensor | None = None,
+    denoise_mask: Tensor | None = None,
+    *args,
+    **kwargs,
+) -> Tensor:
     """SAMPLER_SAMPLE wrapper: core has encoded the run's conditions for the model; so are the changed ones, in the same way."""
     run = guider.model_options.get(KEY)
     if run is not None:
@@ -96,7 +108,7 @@ def sampler_sample(
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
 
 
-def is_prompt(tokens, plain: Tensor) -> bool:
+def is_prompt(tokens: object, plain: Tensor) -> bool:
     """Whether a condition's tokens are an encoding (1, T, D) of the prompt, but for rounding and repetition over a batch."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1:] != plain.shape[1:]:
         return False
@@ -104,7 +116,14 @@ def is_prompt(tokens, plain: Tensor) -> bool:
     return bool(difference <= ALIKE * plain.float().std())
 
 
-def calc_cond_batch(executor, model, conds, x, sigma, model_options) -> Any:
+def calc_cond_batch(
+    executor: WrapperExecutor,
+    model: BaseModel,
+    conds: list[list[dict] | None],
+    x: Tensor,
+    sigma: Tensor,
+    model_options: dict | None,
+) -> list[Tensor]:
     """CALC_COND_BATCH wrapper: exchanges the prompt's conditions in the first steps."""
     run = (model_options or {}).get(KEY)
     if run is not None and run.exchanged and float(sigma.max()) > run.limit:
