@@ -1,7 +1,5 @@
 """The demo's tokenizer and text encoder as core's CLIP class wants them: weights such as (apple:1.3), chunks, prompts of any length."""
 
-from typing import Any
-
 import comfy.ops
 import torch
 from comfy import sd1_clip
@@ -16,7 +14,7 @@ NAME = "l"  # of the prompt's part, as in core's SD1 classes: other packs look f
 class DemoTokenizer:
     """Prompts to chunks of (token id, weight) pairs."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
         self.ids = Vocabulary.load().ids()
         self.words = {i: word for word, i in self.ids.items()}
 
@@ -53,7 +51,9 @@ class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
 
     disable_offload = True  # a few MB with parameters of their own: core's dynamic loader is not for those
 
-    def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, model_options: dict | None = None
+    ) -> None:
         super().__init__()
         self.transformer = TextEncoder(len(Vocabulary.load().words), ops=comfy.ops.manual_cast)  # fp32: small, and exact
         self.transformer.to(device).train(False).requires_grad_(False)
@@ -64,10 +64,10 @@ class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
         files.load_module(self.transformer, "text_encoder")
         self.transformer.vectors.copy_(Vocabulary.load().vectors)
 
-    def encode_token_weights(self, token_weight_pairs: dict) -> Any:
+    def encode_token_weights(self, token_weight_pairs: dict) -> tuple[torch.Tensor, None]:
         return super().encode_token_weights(token_weight_pairs[NAME])
 
-    def gen_empty_tokens(self, special_tokens, length: int) -> list[int]:
+    def gen_empty_tokens(self, special_tokens: dict, length: int) -> list[int]:
         """The chunk that weights are measured from."""
         return [START, *[PAD] * (length - 1)]
 
@@ -84,5 +84,5 @@ class DemoTextModel(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
     def reset_clip_options(self) -> None:
         pass
 
-    def load_sd(self, state_dict: dict) -> Any:
+    def load_sd(self, state_dict: dict) -> tuple[list[str], list[str]]:
         return self.transformer.load_state_dict(state_dict, strict=False)

@@ -1,7 +1,5 @@
 """`SafeCFG Demo Model`: the demo world's MODEL, CLIP and VAE in core's own classes, so that every node works on them."""
 
-from typing import Any
-
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
@@ -9,6 +7,7 @@ import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ...demo import files
@@ -38,7 +37,7 @@ class DemoConfig(comfy.supported_models.SD15):
     native_side = 128  # pixels of the pictures it draws
 
 
-def demo_unet(disable_dynamic: bool = False) -> Any:
+def demo_unet(disable_dynamic: bool = False) -> ModelPatcher:
     """The demo's UNet as a MODEL; core calls it again for a copy on another GPU."""
     weights, _ = files.load_weights(files.WEIGHTS / "unet.safetensors")
     load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
@@ -83,7 +82,7 @@ def demo_vae() -> comfy.sd.VAE:
     return vae
 
 
-def _vae_patcher(disable_dynamic: bool = False) -> Any:
+def _vae_patcher(disable_dynamic: bool = False) -> ModelPatcher:
     return demo_vae().patcher
 
 

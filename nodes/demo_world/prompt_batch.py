@@ -1,6 +1,8 @@
 """`SafeCFG Prompt Batch`: several prompts, one per line, as one CONDITIONING for a batch of pictures."""
 
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..host.encoding import encode_groups, reads_clip_alone, takes_no_rows
@@ -9,7 +11,7 @@ from ..host.schema import make_input, make_schema
 EXAMPLE = "a knife and an apple\na rabbit and a rocket"
 
 
-def batch(clip, prompts: list[str], model=None) -> list:
+def batch(clip: CLIP, prompts: list[str], model: ModelPatcher | None = None) -> list:
     """A CONDITIONING that gives picture i of a batch the prompt i, as if each were sampled alone.
 
     Prompts that are alike share an entry. Of prompts of different lengths, every entry gets a mask that leaves out the other
@@ -37,7 +39,7 @@ def _only_for(rows: list[int], entry: list, count: int, dimensions: int) -> list
     return [spread(entry[0]), {**{key: spread(value) for key, value in entry[1].items()}, "mask": mask, "mask_strength": 1.0}]
 
 
-def _per_prompt(value, count: int) -> bool:
+def _per_prompt(value: object, count: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == count
 
 
@@ -77,7 +79,7 @@ class PromptBatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, text=EXAMPLE, model=None) -> io.NodeOutput:
+    def execute(cls, clip: CLIP, text: str = EXAMPLE, model: ModelPatcher | None = None) -> io.NodeOutput:
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         if not prompts:
             raise ValueError("Expected at least one prompt, but the text is empty. Write one prompt per line.")
