@@ -1,16 +1,28 @@
 """`SafeCFG Detect Harm`: how harmful is a picture, and where?"""
 
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io, ui
 
 from ...hgr_models.detection import Detection, Looks, picture_thresholds
 from ..host.schema import HGR_TYPE, make_input, make_schema
+from ..loader import HGRModel
 from ..reporting import drawing
 from . import scores as texts
 from .detector import check_pictures, check_sees_pictures, encode, heat_map, look
 
 
-def detect_pictures(model, hgr, negative, positive, pictures, vae, longest_side: int, looks: Looks) -> tuple:
+def detect_pictures(
+    model: ModelPatcher,
+    hgr: HGRModel,
+    negative: list,
+    positive: list | None,
+    pictures: torch.Tensor,
+    vae: VAE | None,
+    longest_side: int,
+    looks: Looks,
+) -> tuple[Detection, tuple[float, float]]:
     """A Detection of pictures (B, H, W, 3), and the parts (height, width) of its places that show them."""
     check_pictures(pictures)
     if vae is None:
@@ -31,7 +43,7 @@ def preview(rules: texts.Rules, found: Detection, pictures: torch.Tensor, heat: 
     return torch.stack(drawn)
 
 
-def _shown(vae, latents: torch.Tensor) -> torch.Tensor:
+def _shown(vae: VAE | None, latents: torch.Tensor) -> torch.Tensor:
     """Pictures (B, H, W, 3) to draw for latents: decoded, or a grey field where no VAE is connected."""
     if vae is None:
         height, width = latents.shape[-2:]
@@ -60,8 +72,9 @@ class DetectHarm(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, hgr, negative, threshold=0.0, categories="", longest_side=0, draws=1, fixed_seed=0,
-        image=None, latent=None, vae=None, positive=None,
+        cls, model: ModelPatcher, hgr: HGRModel, negative: list, threshold: float = 0.0, categories: str = "", longest_side: int = 0,
+        draws: int = 1, fixed_seed: int = 0, image: torch.Tensor | None = None, latent: dict[str, torch.Tensor] | None = None,
+        vae: VAE | None = None, positive: list | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         if (image is None) == (latent is None):
             raise ValueError(
@@ -74,6 +87,7 @@ class DetectHarm(io.ComfyNode):
         if image is not None:
             found, parts = detect_pictures(model, hgr, negative, positive, image, vae, longest_side, looks)
         else:
+            assert latent is not None  # one of the two is there
             found = look(model, hgr, latent["samples"], negative, positive, looks)
             image = _shown(vae, latent["samples"])
         heat = heat_map(found, rules.counted, tuple(image.shape[1:3]), parts)

@@ -1,9 +1,11 @@
 """`SafeCFG Detect Prompt Harm`: how harmful is a prompt, before a single step is sampled, and which words make it so?"""
 
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ...hgr_models.redaction import blame, redact
 from ..host.schema import HGR_TYPE, make_input, make_schema
+from ..loader import HGRModel
 from ..reporting import drawing
 from . import scores as texts
 from .detector import detect_prompts
@@ -69,7 +71,15 @@ class DetectPromptHarm(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, conditioning, hgr, threshold=0.0, categories="", text=None, clip=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        conditioning: list,
+        hgr: HGRModel,
+        threshold: float = 0.0,
+        categories: str = "",
+        text: str | None = None,
+        clip: CLIP | None = None,
+    ) -> io.NodeOutput:
         rules = texts.Rules.of(hgr.info, hgr.info.condition_thresholds, threshold, categories)
         if (text is None) != (clip is None):
             raise ValueError(

@@ -1,22 +1,25 @@
 """Judging prompts and pictures: core loads and evaluates everything as for sampling, but nothing is sampled."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import KSamplerX0Inpaint
+from comfy.sd import VAE
 from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models.detection import Detection, Looks, Seen, detect, prompt_scores
 from ..host.embedded import IDS, embedded
-from ..host.families import OTHER_TEXT, check_family, family_of_hgr, read_text, rows_shown
+from ..host.families import OTHER_TEXT, Text, check_family, family_of_hgr, read_text, rows_shown
 from ..host.hooks import CACHES, KEY, is_active, without_safecfg
 from ..host.more_tokens import TOKENS
+from ..loader import HGRModel
 
 SMALLEST = 16  # of a latent's sides: a UNet halves it three times, and cannot normalise a single value
 
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def detect_prompts(hgr, conditioning: list) -> torch.Tensor:
+def detect_prompts(hgr: HGRModel, conditioning: list) -> torch.Tensor:
     """Harmfulness (N, K) on the CPU of every row of every entry of a CONDITIONING.
 
     Raises HGRError for an HGR of another family or without a condition redirector, and ValueError when an entry has no text
@@ -41,7 +44,7 @@ def detect_prompts(hgr, conditioning: list) -> torch.Tensor:
     return torch.cat([_judge(hgr, index, entry) for index, entry in enumerate(conditioning, start=1)])
 
 
-def _prompts_of(model, hgr, positive: list | None, count: int) -> torch.Tensor | None:
+def _prompts_of(model: ModelPatcher, hgr: HGRModel, positive: list | None, count: int) -> torch.Tensor | None:
     """Harmfulness (count, K) of the prompts of `count` pictures, rows repeated as core does; None where none can be judged.
 
     The worst of several entries counts. A prompt without text that can be read (image prompts) is left to the other views.
@@ -61,22 +64,22 @@ def _prompts_of(model, hgr, positive: list | None, count: int) -> torch.Tensor |
     return torch.stack(rows).amax(dim=0)
 
 
-def _in_pictures(found: torch.Tensor, entry, count: int) -> torch.Tensor:
+def _in_pictures(found: torch.Tensor, entry: list, count: int) -> torch.Tensor:
     """Harmfulness (count, K) of an entry's prompts in every picture: rows repeated as core does, 0 where its mask leaves the picture out."""
     found, shown = comfy.utils.repeat_to_batch_size(found, count), rows_shown(entry[1], count)
     return found if shown is None else found * shown[:, None]
 
 
-def _condition(entry) -> dict:
+def _condition(entry: list) -> dict:
     tokens, extra = entry
     return {**extra, **({} if tokens is None else {TOKENS: tokens})}
 
 
-def _text_of(hgr, entry) -> Any:
+def _text_of(hgr: HGRModel, entry: list) -> tuple[Text | None, list[str]]:
     return read_text(_condition(entry), hgr.info)
 
 
-def _judge(hgr, index: int, entry) -> torch.Tensor:
+def _judge(hgr: HGRModel, index: int, entry: list) -> torch.Tensor:
     text, problems = _text_of(hgr, entry)
     if IDS in entry[1]:
         raise ValueError(
@@ -102,13 +105,21 @@ def _judge(hgr, index: int, entry) -> torch.Tensor:
 class Looking(comfy.samplers.Sampler):
     """A sampler for core's guiders that looks at the latents instead of sampling; `found` is the Detection."""
 
-    def __init__(self, patcher, looks: Looks, prompts: Tensor | None):
+    def __init__(self, patcher: ModelPatcher, looks: Looks, prompts: Tensor | None):
         self.patcher, self.looks, self.prompts = patcher, looks, prompts
         self.found: Detection | None = None
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ) -> Tensor:
+        self,
+        model_wrap: KSamplerX0Inpaint,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor | None:
         model, conds, device = model_wrap.inner_model, model_wrap.conds, self.patcher.load_device
 
         def see(part: float, noise: Tensor) -> Seen:
@@ -129,7 +140,9 @@ class Looking(comfy.samplers.Sampler):
 
 
 @torch.no_grad()
-def look(model, hgr, latents: Tensor, negative: list, positive: list | None = None, looks: Looks = Looks()) -> Detection:
+def look(
+    model: ModelPatcher, hgr: HGRModel, latents: Tensor, negative: list, positive: list | None = None, looks: Looks = Looks()
+) -> Detection:
     """What an HGR finds in raw latents (B, C, *spatial), as a LATENT holds them; the Detection is on the CPU.
 
     The MODEL is evaluated as it is, with its patches and LoRAs, but without SafeCFG Apply and caches. Raises HGRError for an
@@ -151,7 +164,7 @@ def look(model, hgr, latents: Tensor, negative: list, positive: list | None = No
     return Detection(sampler.found.scores.cpu(), sampler.found.places.cpu())
 
 
-def check_sees_pictures(hgr) -> None:
+def check_sees_pictures(hgr: HGRModel) -> None:
     """Raises HGRError for an HGR without a guidance redirector: its view of pictures was never trained."""
     if hgr.patcher.model.guidance is not None:
         return
@@ -162,7 +175,7 @@ def check_sees_pictures(hgr) -> None:
     )
 
 
-def _check_latents(latents: Tensor, info: hgr_models.HGRInfo, model=None) -> None:
+def _check_latents(latents: Tensor, info: hgr_models.HGRInfo, model: ModelPatcher | None = None) -> None:
     if getattr(latents, "is_nested", False):
         raise ValueError("Expected latents of pictures, but got nested ones (audio and video together); split them first.")
     shape = tuple(latents.shape) if model is None else _shape_sampled(model, latents)
@@ -176,7 +189,7 @@ def _check_latents(latents: Tensor, info: hgr_models.HGRInfo, model=None) -> Non
     _check_finite(latents, "latent")
 
 
-def _shape_sampled(model, latents: Tensor) -> tuple[int, ...]:
+def _shape_sampled(model: ModelPatcher, latents: Tensor) -> tuple[int, ...]:
     """The shape in which a MODEL samples a LATENT: a format may fold frames into channels (HunyuanImage's refiner)."""
     try:
         return tuple(model.model.process_latent_in(latents).shape)
@@ -217,7 +230,7 @@ def fitted(pictures: Tensor, longest_side: int, multiple: int) -> tuple[Tensor, 
     return F.pad(pictures.movedim(-1, 1), pad, mode="replicate").movedim(1, -1), (height, width)
 
 
-def encode(vae, pictures: Tensor, info: hgr_models.HGRInfo, longest_side: int = 0) -> tuple[Tensor, tuple[float, float]]:
+def encode(vae: VAE, pictures: Tensor, info: hgr_models.HGRInfo, longest_side: int = 0) -> tuple[Tensor, tuple[float, float]]:
     """Raw latents of pictures (B, H, W, 3) of any size, and which parts (height, width) of them show the pictures.
 
     Raises ValueError when the VAE makes other latents than the HGR was trained for.

@@ -1,6 +1,7 @@
 """`SafeCFG Image Gate`: pictures above a threshold are blurred or replaced, and a second output carries only those that passed."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,14 @@ class ImageGate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images, mode=("blur",), threshold=(0.0,), blur_cells=(8,), notice=(NOTICE,), scores=None, flagged=None
+        cls,
+        images: list[torch.Tensor],
+        mode: Sequence[str] = ("blur",),
+        threshold: Sequence[float] = (0.0,),
+        blur_cells: Sequence[int] = (8,),
+        notice: Sequence[str] = (NOTICE,),
+        scores: list[str] | None = None,
+        flagged: list[bool] | None = None,
     ) -> io.NodeOutput:
         pictures = _one_batch(images)
         held = decide(len(pictures), scores, flagged, threshold[0])

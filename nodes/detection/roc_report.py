@@ -10,12 +10,15 @@ import comfy.utils
 import folder_paths
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io, ui
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...hgr_models.calibration import upper_bound
 from ...hgr_models.detection import Roc, roc, threshold_at
 from ..host.schema import HGR_TYPE, make_input, make_schema
+from ..loader import HGRModel
 from ..reporting import drawing
 from .detector import check_pictures, detect_prompts, encode, look
 
@@ -64,7 +67,9 @@ def batches(files: list[Path]) -> Iterator[torch.Tensor]:
         yield torch.stack(waiting)
 
 
-def score_pictures(folder: str, hgr, model, vae, negative, longest_side: int) -> dict[str, torch.Tensor]:
+def score_pictures(
+    folder: str, hgr: HGRModel, model: ModelPatcher | None, vae: VAE | None, negative: list | None, longest_side: int
+) -> dict[str, torch.Tensor]:
     """Harmfulness (N, K) of the pictures of each kind; pictures alone, without prompts."""
     missing = [name for name, value in (("model", model), ("vae", vae), ("negative", negative)) if value is None]
     if missing:
@@ -83,7 +88,7 @@ def score_pictures(folder: str, hgr, model, vae, negative, longest_side: int) ->
     return found
 
 
-def score_prompts(prompts: dict[str, str], hgr, clip) -> dict[str, torch.Tensor]:
+def score_prompts(prompts: dict[str, str], hgr: HGRModel, clip: CLIP | None) -> dict[str, torch.Tensor]:
     """Harmfulness (N, K) of the prompts of each kind, one prompt per line."""
     if clip is None:
         raise ValueError("Judging prompts needs a clip: connect the model's CLIP, or set `source` to pictures.")
@@ -181,8 +186,9 @@ class RocReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, hgr, source="pictures", false_positive_rate=0.01, folder="roc", longest_side=0, harmful_prompts="a knife",
-        clean_prompts="an apple", model=None, vae=None, negative=None, clip=None,
+        cls, hgr: HGRModel, source: str = "pictures", false_positive_rate: float = 0.01, folder: str = "roc", longest_side: int = 0,
+        harmful_prompts: str = "a knife", clean_prompts: str = "an apple", model: ModelPatcher | None = None, vae: VAE | None = None,
+        negative: list | None = None, clip: CLIP | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         if source == "pictures":
             found = score_pictures(folder, hgr, model, vae, negative, longest_side)

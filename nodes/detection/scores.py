@@ -107,7 +107,7 @@ def read(text: str) -> list[Item | None]:
     return [_item(entry) for entry in entries]
 
 
-def _item(entry) -> Item | None:
+def _item(entry: object) -> Item | None:
     values = entry if isinstance(entry, dict) else {}
     harmfulness, flagged = values.get("harmfulness"), values.get("flagged")
     if not isinstance(flagged, bool) or not isinstance(harmfulness, (int, float)) or not 0 <= harmfulness <= 1:

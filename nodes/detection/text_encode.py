@@ -2,10 +2,12 @@
 
 import logging
 
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..host.encoding import encode_text
 from ..host.schema import HGR_TYPE, make_input, make_schema
+from ..loader import HGRModel
 from .scores import Rules, rule_inputs
 from .text_reading import TextReader, about
 
@@ -50,7 +52,15 @@ class TextEncode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, text, clip, hgr, harmful_words=LEAVE_OUT, threshold=0.0, categories="") -> io.NodeOutput:
+    def execute(
+        cls,
+        text: str,
+        clip: CLIP | None,
+        hgr: HGRModel,
+        harmful_words: str = LEAVE_OUT,
+        threshold: float = 0.0,
+        categories: str = "",
+    ) -> io.NodeOutput:
         if clip is None:
             raise ValueError("Expected a CLIP, but got none. Connect the CLIP of a checkpoint that has one.")
         rules = Rules.of(hgr.info, hgr.info.condition_thresholds, threshold, categories)

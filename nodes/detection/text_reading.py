@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import comfy.model_management
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...hgr_models.pairs import NEUTRAL
 from ...hgr_models.redaction import Redaction, redact
 from ..host.encoding import encode_text
+from ..loader import HGRModel
 from .detector import detect_prompts
 from .scores import Rules
 
@@ -19,8 +21,8 @@ from .scores import Rules
 class TextReader:
     """Reads texts; each is encoded once. The worst of a text's entries and rows counts."""
 
-    clip: object
-    hgr: object
+    clip: CLIP
+    hgr: HGRModel
     rules: Rules
     seen: dict[str, Tensor] = field(default_factory=dict)
 
