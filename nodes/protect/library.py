@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 from ... import hgr_models
 from ...hgr_models import pairs as pp
@@ -76,7 +77,7 @@ class Found:
 
 
 @lru_cache(maxsize=256)
-def _info(path: str, size: int, modified: int) -> Any:
+def _info(path: str, size: int, modified: int) -> tuple[hgr_models.HGRInfo, tuple[str, ...]] | None:
     try:
         return hgr_models.read_info(path)
     except hgr_models.HGRError as error:
@@ -99,7 +100,7 @@ def candidates() -> list[tuple[str, hgr_models.HGRInfo, tuple[str, ...]]]:
     return found
 
 
-def find(clip, model=None, nearest: float = SAME) -> Found | None:
+def find(clip: CLIP, model: ModelPatcher | None = None, nearest: float = SAME) -> Found | None:
     """The HGR that fits a CLIP best: nearest encoder first, then one that also watches guidance. None where there is none.
 
     Its condition redirector was made with this encoder, up to a distance `nearest`, and it removes all built-in categories; or
@@ -128,7 +129,7 @@ def _distance(encoder: EncoderPrint, info: hgr_models.HGRInfo) -> float:
     return float("inf") if made_with is None else distance_between(encoder, made_with)
 
 
-def find_or_make(clip, model=None, say: Callable[[str], None] | None = None) -> HGRModel:
+def find_or_make(clip: CLIP | None, model: ModelPatcher | None = None, say: Callable[[str], None] | None = None) -> HGRModel:
     """The HGR of a CLIP's encoder, loaded; where there is none it is made first, from the built-in categories.
 
     A CLIP with LoRAs shares the one of the encoder beneath them, while that is RELATED: every strength would take minutes. So does one
@@ -161,7 +162,7 @@ def find_or_make(clip, model=None, say: Callable[[str], None] | None = None) -> 
     return load_hgr_model(found.path)
 
 
-def _beneath(clip) -> tuple[Any, str]:
+def _beneath(clip: CLIP) -> tuple[CLIP, str]:
     """The CLIP whose HGR one takes: itself, or without its LoRAs if that is RELATED; and what makes the two differ, in words."""
     if is_patched(clip):
         plain = unpatched(clip)
@@ -170,23 +171,23 @@ def _beneath(clip) -> tuple[Any, str]:
     return clip, "it is rounded to a byte a weight or less, or one of the two is fine-tuned"
 
 
-def name_of(clip) -> str:
+def name_of(clip: CLIP) -> str:
     """What the HGR of a CLIP's encoder is called."""
     return f"encoder-{encoder_of(clip).name}"
 
 
-def forget_begun(clip) -> None:
+def forget_begun(clip: CLIP) -> None:
     """Removes what was begun for an encoder that has its HGR by now: a server may be killed between saving that and tidying up."""
     shutil.rmtree(recording_folder(f"{name_of(clip)}-{PRESET}"), ignore_errors=True)
 
 
-def _in_index(clip, model) -> str:
+def _in_index(clip: CLIP, model: ModelPatcher | None) -> str:
     """What models/hgr's index knows for an encoder and a MODEL, in words."""
     names = ("", "") if model is None else (architecture_of(model), base_of_model(model))
     return known_hgrs.in_words(lambda info: False, *names, encoder_of(clip))
 
 
-def make(clip, say: Callable[[str], None], model=None) -> Path:
+def make(clip: CLIP, say: Callable[[str], None], model: ModelPatcher | None = None) -> Path:
     """Trains an HGR of a CLIP's encoder from the built-in pairs, and keeps it under the encoder's name in models/hgr.
 
     With a MODEL the file says, too, how well that one draws what corrected prompts say.
@@ -232,7 +233,7 @@ def folder_to_keep() -> Path:
         raise
 
 
-def check_reads(model, clip, prompts: pp.PromptSet) -> float:
+def check_reads(model: ModelPatcher, clip: CLIP, prompts: pp.PromptSet) -> float:
     """The seconds that `check` will take, 0 where the model cannot be asked.
 
     Raises HGRError where a MODEL cannot read a CLIP's tokens, which are made for another model, or answers with NaN.
@@ -249,13 +250,15 @@ def check_reads(model, clip, prompts: pp.PromptSet) -> float:
     return 0.0
 
 
-def small_runs(model) -> RunSettings:
+def small_runs(model: ModelPatcher) -> RunSettings:
     """Runs one at a time, of half the size."""
     runs = run_settings(RUNS, model)
     return replace(runs, batch=1, sizes=(tuple(side // 2 for side in runs.sizes[0]),))
 
 
-def check(model, clip, hgr, prompts: pp.PromptSet, say: Callable[[str], None]) -> float | None:
+def check(
+    model: ModelPatcher, clip: CLIP, hgr: hgr_models.HGR, prompts: pp.PromptSet, say: Callable[[str], None]
+) -> float | None:
     """`forward_check.error_ratio` of a few small runs of a MODEL; None, and a warning, where it cannot be sampled like that.
 
     Raises HGRError where it answers corrected prompts with NaN: such an HGR is not kept.

@@ -1,8 +1,9 @@
 """`SafeCFG Protect`: a safe MODEL from a MODEL and its CLIP alone."""
 
 import logging
-from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ... import hgr_models
@@ -16,7 +17,7 @@ from .library import find_or_make
 logger = logging.getLogger(__name__)
 
 
-def protect(model, clip, settings: dict, node_id: str | None = None) -> Any:
+def protect(model: ModelPatcher, clip: CLIP | None, settings: dict, node_id: str | None = None) -> ModelPatcher:
     """A clone of a MODEL with SafeCFG by the HGR of its text encoder, which is made where there is none.
 
     `settings`: strength, categories, strict, threshold_offset, audit_log. Raises HGRError for a model or an encoder that
@@ -54,7 +55,8 @@ class Protect(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, strength=1.0, categories="", strict=False, threshold_offset=0.0, audit_log=audit.OFF
+        cls, model: ModelPatcher, clip: CLIP | None, strength: float = 1.0, categories: str = "", strict: bool = False,
+        threshold_offset: float = 0.0, audit_log: str = audit.OFF,
     ) -> io.NodeOutput:  # fmt: skip
         values = {
             "strength": strength, "categories": categories, "strict": strict, "threshold_offset": threshold_offset, "audit_log": audit_log,
