@@ -11,8 +11,11 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import folder_paths
+import torch
+from comfy.sd import CLIP
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
+from torch import nn
 
 from .. import hgr_models
 from ..hgr_models.model_card import measured_of, short_card
@@ -43,7 +46,7 @@ class HGRModel:
     hash: str
     elsewhere: dict = field(default_factory=dict)  # the same on other devices, by device
 
-    def on(self, device) -> "HGRModel":
+    def on(self, device: torch.device) -> "HGRModel":
         """This HGR for a model on `device`: itself, or a copy there, which all models of that device share.
 
         Core computes a model on its own device (Select Model Device), and waits for that device alone.
@@ -63,11 +66,11 @@ class NoHGRError(hgr_models.HGRError, AttributeError):
 class NoHGR:
     """What an `HGR_MODEL` socket carries while nobody has an HGR: whoever uses it says on its own node what to do."""
 
-    def __getattr__(self, name) -> Any:
+    def __getattr__(self, name: str) -> Any:
         raise NoHGRError(f"There is no HGR for this model yet. {WITHOUT}")
 
 
-def check_there(hgr, model, clip=None) -> None:
+def check_there(hgr: HGRModel | NoHGR, model: comfy.model_patcher.ModelPatcher, clip: CLIP | None = None) -> None:
     """Raises HGRError, which names the HGRs that are known for this MODEL and CLIP, where nobody has one yet."""
     if isinstance(hgr, NoHGR):
         known = known_for(model, None if clip is None else encoder_of(clip))
@@ -112,14 +115,16 @@ def check_name(path: str | os.PathLike) -> None:
         raise hgr_models.HGRError(f"{name} is the name of an HGR that ships with SafeCFG. Choose another name.")
 
 
-def core_patcher(module, disable_dynamic: bool = False, **devices) -> comfy.model_patcher.ModelPatcher:
+def core_patcher(module: nn.Module, disable_dynamic: bool = False, **devices) -> comfy.model_patcher.ModelPatcher:
     """Core's own patcher for a module; looked up at every call, because a host with dynamic VRAM replaces it at its start."""
     plain = comfy.model_patcher.ModelPatcher
     patcher = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     return patcher(module, **devices)
 
 
-def frozen_patcher(networks, device=None, again: tuple | None = None) -> comfy.model_patcher.ModelPatcher:
+def frozen_patcher(
+    networks: nn.Module, device: torch.device | None = None, again: tuple | None = None
+) -> comfy.model_patcher.ModelPatcher:
     """A patcher for networks in which nothing learns, on `device` (None: where core computes).
 
     Never one of dynamic VRAM: that brings the weights of every layer with every call, which pays off for models of gigabytes,
@@ -137,7 +142,9 @@ def frozen_patcher(networks, device=None, again: tuple | None = None) -> comfy.m
     return patcher
 
 
-def load_patcher(path: str, disable_dynamic: bool = False, device=None) -> comfy.model_patcher.ModelPatcher:
+def load_patcher(
+    path: str, disable_dynamic: bool = False, device: torch.device | None = None
+) -> comfy.model_patcher.ModelPatcher:
     """The networks of a file in a patcher of their own, which is never dynamic, whatever core asks for."""
     hgr = hgr_models.load_hgr(path, ops=comfy.ops.manual_cast)
     return frozen_patcher(hgr, device, (load_patcher, (path,)))
@@ -193,7 +200,7 @@ class LoadHGR(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, hgr_name) -> str | bool:
+    def validate_inputs(cls, hgr_name: str | None) -> str | bool:
         """Not every host looks a V3 node's choice up in its list."""
         names = known_hgrs.names()
         if hgr_name in (None, NONE_YET) or hgr_name in names:  # None: another node's output
@@ -201,11 +208,11 @@ class LoadHGR(io.ComfyNode):
         return f"There is no HGR {hgr_name!r} in models/hgr; there is {', '.join(names) or 'none'}. {WITHOUT}"
 
     @classmethod
-    def fingerprint_inputs(cls, hgr_name) -> str | float:
+    def fingerprint_inputs(cls, hgr_name: str) -> str | float:
         return NONE_YET if hgr_name == NONE_YET else hgr_models.file_hash(hgr_file(hgr_name))
 
     @classmethod
-    def execute(cls, hgr_name) -> io.NodeOutput:
+    def execute(cls, hgr_name: str) -> io.NodeOutput:
         if hgr_name == NONE_YET:
             return io.NodeOutput(NoHGR())
         hgr = load_hgr_model(hgr_file(hgr_name))
