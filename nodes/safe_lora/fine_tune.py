@@ -1,9 +1,12 @@
 """`SafeCFG Fine-tune Safe LoRA`: an ordinary LoRA that makes a model safe wherever it is loaded, from unlabelled prompts."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io, ui
 
 from ... import hgr_models
@@ -12,6 +15,7 @@ from ...hgr_models.lora import LAYERS, LoraSettings, load_lora, save_lora
 from ...hgr_models.lora_samples import read_samples
 from ..host.schema import HGR_TYPE, PROMPTS_TYPE, defaults_of, make_input, make_schema
 from ..host.server import speaker
+from ..loader import HGRModel
 from ..training.inputs import end_inputs, latent_input, number, run_inputs, run_settings
 from ..training.plan import make_folder, recording_folder
 from .inputs import gather_pictures, gather_prompts
@@ -48,7 +52,7 @@ def output_path(name: str, digest: str) -> Path:
     return path
 
 
-def make_plan(name: str, hgr, values: dict, model=None) -> LoraPlan:
+def make_plan(name: str, hgr: HGRModel, values: dict, model: ModelPatcher | None = None) -> LoraPlan:
     """The plan of the widgets' values; raises HGRError for what cannot be read."""
     strengths = hgr_models.parse_categories(values["categories"], hgr.info.categories)
     return LoraPlan(
@@ -87,7 +91,7 @@ class FineTuneSafeLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file=("",), **_) -> str | float:
+    def fingerprint_inputs(cls, file: Sequence[str] = ("",), **_) -> str | float:
         """Runs again when the file of prompts has changed."""
         path = Path(folder_paths.get_input_directory()) / str(file[0] or "")
         return path.stat().st_mtime_ns if file[0] and path.is_file() else 0
@@ -111,7 +115,7 @@ class FineTuneSafeLora(io.ComfyNode):
         return cls._outputs(session, session.train(), path, vae)
 
     @classmethod
-    def _outputs(cls, session: LoraSession, lora: dict, path: Path, vae) -> io.NodeOutput:
+    def _outputs(cls, session: LoraSession, lora: dict, path: Path, vae: VAE | None) -> io.NodeOutput:
         plan, training = session.plan, session.training
         counts = training.pool.counts(session.hgr.info.categories)
         about = {**session.facts, "digest": session.digest, "steps": training.step, "judged": counts}

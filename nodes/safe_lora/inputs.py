@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from torch import Tensor
 
 from ... import hgr_models
@@ -35,7 +37,12 @@ def _lines_of(file: str) -> list[str]:
 
 
 def gather_pictures(
-    model, vae, images: Sequence[Tensor], latents: Sequence[dict], captions: Sequence[str], prompts: Sequence[str]
+    model: ModelPatcher,
+    vae: VAE | None,
+    images: Sequence[Tensor],
+    latents: Sequence[dict],
+    captions: Sequence[str],
+    prompts: Sequence[str],
 ) -> list[tuple[Tensor, str]]:
     """(latent (1, C, *spatial), caption) of every picture. Without captions, the prompts take turns.
 
@@ -57,7 +64,7 @@ def gather_pictures(
     return list(zip(found, captions, strict=True))
 
 
-def _latents(vae, images: Sequence[Tensor], latents: Sequence[dict]) -> Iterator[Tensor]:
+def _latents(vae: VAE | None, images: Sequence[Tensor], latents: Sequence[dict]) -> Iterator[Tensor]:
     for picture in images:
         yield vae.encode(picture[..., :3])
     for latent in latents:

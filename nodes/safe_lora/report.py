@@ -7,6 +7,8 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -42,7 +44,9 @@ def placard(text: str) -> Tensor:
     return to_tensor(canvas)[None]
 
 
-def preview(model, clip, vae, lora: dict[str, Tensor], prompts: Sequence[str], settings: RunSettings) -> Tensor:
+def preview(
+    model: ModelPatcher, clip: CLIP, vae: VAE | None, lora: dict[str, Tensor], prompts: Sequence[str], settings: RunSettings
+) -> Tensor:
     """Prompts drawn by the base (above) and with the LoRA in core's own loader (below), from the same seed: (1, H, W, 3).
 
     Only prompts that the HGR leaves alone may come here: they are decoded.
@@ -60,7 +64,7 @@ def preview(model, clip, vae, lora: dict[str, Tensor], prompts: Sequence[str], s
     return torch.cat([above, below])[None]
 
 
-def _draw(model, positive: list, negative: list, settings: RunSettings) -> Tensor:
+def _draw(model: ModelPatcher, positive: list, negative: list, settings: RunSettings) -> Tensor:
     latent = empty_latent(model, settings, settings.sizes[0], 1)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)

@@ -4,24 +4,28 @@ What is harmful is not known here and asked nowhere: prompts are strings, pictur
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import KSamplerX0Inpaint
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ... import hgr_models
+from ...hgr_models.hgr import Redirectors
 from ...hgr_models.lora import LoRA
 from ...hgr_models.lora_samples import Samples, read_samples, write_samples
 from ..host.encoding import encode_groups, in_rows, padded, text_of
 from ..host.families import POOLED
 from ..host.more_tokens import TOKENS, scatter
+from ..loader import HGRModel
 from ..training.recorder import GroupedGuider, RunSettings, at_once_or_one_by_one, empty_latent
 
 BASE, SAFE, STUDENT, PICTURES = "base", "safe", "student", "pictures"  # what runs follow; pictures are noised, not sampled
@@ -84,7 +88,9 @@ def plan_pictures(settings: RunSettings, pictures: Sequence[tuple[Tensor, str]])
 class UnlabelledGuider(GroupedGuider):
     """Follows the base, the base under the HGR, or the LoRA, and keeps every latent with the base's unconditional prediction."""
 
-    def prepare(self, job: Job, roles: dict[str, list], hgr, settings: hgr_models.CategorySettings, lora: LoRA | None) -> Any:
+    def prepare(
+        self, job: Job, roles: dict[str, list], hgr: Redirectors, settings: hgr_models.CategorySettings, lora: LoRA | None
+    ) -> "UnlabelledGuider":
         """`roles` as in `set_groups`."""
         self.set_groups(roles)
         self.job, self.hgr, self.settings, self.lora = job, hgr, settings, lora
@@ -92,7 +98,7 @@ class UnlabelledGuider(GroupedGuider):
         self.held: Tensor | None = None
         return self
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         sigma = timestep.expand(len(x)) if timestep.numel() == 1 else timestep
         roles = {BASE: ("negative", "positive"), SAFE: ("negative", SAFE)}.get(self.job.follow, ("negative",))
@@ -120,8 +126,16 @@ class Noising(comfy.samplers.Sampler):
     """A sampler for core's guiders that evaluates noised pictures instead of sampling."""
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ) -> Tensor:
+        self,
+        model_wrap: KSamplerX0Inpaint,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor | None:
         for sigma in sigmas[:-1]:
             levels = sigma.expand(len(noise))
             x = model_wrap.inner_model.model_sampling.noise_scaling(levels, noise.clone(), latent_image)
@@ -129,7 +143,7 @@ class Noising(comfy.samplers.Sampler):
         return latent_image
 
 
-def sample_job(model, guider: UnlabelledGuider, settings: RunSettings) -> None:
+def sample_job(model: ModelPatcher, guider: UnlabelledGuider, settings: RunSettings) -> None:
     """Runs a job. Noise levels lie at random between those of the schedule, so that all of them are met."""
     job, sampling = guider.job, model.get_model_object("model_sampling")
     latent = empty_latent(model, settings, job.size, len(job.prompts)) if job.latents is None else job.latents
@@ -142,13 +156,30 @@ def sample_job(model, guider: UnlabelledGuider, settings: RunSettings) -> None:
     guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=job.seed)
 
 
-def run_job(model, clip, hgr, job: Job, settings: RunSettings, chosen: hgr_models.CategorySettings, lora=None) -> Samples:
+def run_job(
+    model: ModelPatcher,
+    clip: CLIP,
+    hgr: HGRModel,
+    job: Job,
+    settings: RunSettings,
+    chosen: hgr_models.CategorySettings,
+    lora: LoRA | None = None,
+) -> Samples:
     """The samples of a job; `lora` for runs that follow it, attached to the model."""
     run = lambda one_by_one: _run_job(model, clip, hgr, job, settings, chosen, lora, one_by_one)  # noqa: E731
     return at_once_or_one_by_one(run, len(job.prompts))
 
 
-def _run_job(model, clip, hgr, job: Job, settings: RunSettings, chosen, lora, one_by_one: bool) -> Samples:
+def _run_job(
+    model: ModelPatcher,
+    clip: CLIP,
+    hgr: HGRModel,
+    job: Job,
+    settings: RunSettings,
+    chosen: hgr_models.CategorySettings,
+    lora: LoRA | None,
+    one_by_one: bool,
+) -> Samples:
     positive = encode_groups(clip, list(job.prompts), one_by_one)
     negative = encode_groups(clip, [""] * (len(job.prompts) if one_by_one else 1), one_by_one)
     roles = {"positive": positive, "negative": negative}
@@ -161,7 +192,7 @@ def _run_job(model, clip, hgr, job: Job, settings: RunSettings, chosen, lora, on
     return Samples(*columns, texts.tokens, texts.pooled, texts.mask, texts.lengths)
 
 
-def _safe(positive: list, hgr, chosen: hgr_models.CategorySettings) -> list:
+def _safe(positive: list, hgr: HGRModel, chosen: hgr_models.CategorySettings) -> list:
     """The CONDITIONING that the condition redirector makes of one."""
     if hgr.patcher.model.condition is None:
         return positive
@@ -179,7 +210,14 @@ def _safe(positive: list, hgr, chosen: hgr_models.CategorySettings) -> list:
 
 
 def record_jobs(
-    model, clip, hgr, jobs: Sequence[Job], settings: RunSettings, chosen: hgr_models.CategorySettings, folder: Path, lora=None
+    model: ModelPatcher,
+    clip: CLIP,
+    hgr: HGRModel,
+    jobs: Sequence[Job],
+    settings: RunSettings,
+    chosen: hgr_models.CategorySettings,
+    folder: Path,
+    lora: LoRA | None = None,
 ) -> Iterator[Job]:
     """Runs every job whose file is not there yet; yields each when it is on disk. `lora`: for runs that follow it."""
     for job in jobs:

@@ -4,13 +4,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from PIL import Image
 from torch import Tensor
 
@@ -18,13 +20,14 @@ from ... import hgr_models
 from ...hgr_models import training_state as state
 from ...hgr_models.lora import LoRA, LoraSettings, new_lora
 from ...hgr_models.lora_samples import read_samples
-from ...hgr_models.train_lora import EMPTY_SHARE, Change, LoraTraining
+from ...hgr_models.train_lora import EMPTY_SHARE, Change, LoraTraining, PredictFor
 from ..host.architecture import architecture_of
 from ..host.embedded import clip_for
 from ..host.encoding import encode_batch, encode_each
 from ..host.families import base_of_model, check_family, family_of_model, read_text
 from ..host.hooks import without_safecfg
 from ..host.more_tokens import TOKENS
+from ..loader import HGRModel
 from ..training.estimate import BACKWARD, Cost
 from ..training.frozen_model import FrozenModel, as_made, check_can_freeze
 from ..training.plan import make_folder
@@ -68,7 +71,17 @@ class LoraPlan:
 class LoraSession:
     """A fine-tuning in its folder. `prompts` are strings, `pictures` latents with captions; what is harmful only the HGR says."""
 
-    def __init__(self, plan: LoraPlan, folder: Path, say: Callable[[str], None], model, clip, hgr, prompts, pictures=()):
+    def __init__(
+        self,
+        plan: LoraPlan,
+        folder: Path,
+        say: Callable[[str], None],
+        model: ModelPatcher,
+        clip: CLIP,
+        hgr: HGRModel,
+        prompts: tuple[str, ...],
+        pictures: Sequence[tuple[Tensor, str]] = (),
+    ):
         check_family(model, hgr.info)
         self.plan, self.folder, self.say, self.hgr = plan, folder, say, hgr.on(model.load_device)
         self.model = without_safecfg(model)
@@ -217,7 +230,7 @@ class LoraSession:
                     training.finish()
                     self.change = training.measure(predict)
 
-    def _judge(self, jobs: list[Job], predict) -> None:
+    def _judge(self, jobs: list[Job], predict: PredictFor) -> None:
         total, before = len(self.jobs) + len(self.late), len(self.training.pool.samples)
         for i, job in enumerate(jobs, 1):
             judgement = self.training.add(read_samples(self.folder / f"{job.name}.safetensors"), predict)
@@ -225,7 +238,7 @@ class LoraSession:
                 self.judged[prompt] = self.judged.get(prompt, False) or flagged
             self.progress.update("judging", (before + i) / total, f"judging: batch {i} of {len(jobs)}")
 
-    def _adds_in_place(self, predict) -> bool:
+    def _adds_in_place(self, predict: PredictFor) -> bool:
         """Whether the network's blocks change what a backward pass needs: checkpointing gives them copies."""
         try:
             self.training.gradient_error(predict)
@@ -235,7 +248,7 @@ class LoraSession:
             return True
         return False
 
-    def _check_gradient(self, predict) -> None:
+    def _check_gradient(self, predict: PredictFor) -> None:
         if self.training.step:
             return
         error = self.training.gradient_error(predict)
@@ -245,7 +258,7 @@ class LoraSession:
                 "Load the model in fp16, bf16 or fp32."
             )
 
-    def _steps(self, until: int, predict) -> None:
+    def _steps(self, until: int, predict: PredictFor) -> None:
         training = self.training
         started, first = time.monotonic(), training.step
         try:
@@ -264,7 +277,7 @@ class LoraSession:
         return [prompt for prompt, flagged in self.judged.items() if prompt and not flagged][:count]
 
 
-def _predictor(frozen: FrozenModel) -> Callable:
+def _predictor(frozen: FrozenModel) -> PredictFor:
     def predict(
         x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor | None, mask: Tensor | None, lengths: Tensor | None = None
     ) -> Tensor:
