@@ -1,7 +1,7 @@
 """The attack of SafeCFG Check HGR on the user's own model: white box, in latent space, its weights whole or block by block as in training."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,12 +9,15 @@ from torch import Tensor
 from ... import hgr_models
 from ...hgr_models.attack import WAYS, harm_is_back, search
 from ...hgr_models.condition import robust_units
+from ...hgr_models.hgr import Redirectors
 from ...hgr_models.recording import Points, Prompts
 from ..host.families import POOLED
 from ..host.more_tokens import MASK
+from .frozen_model import FrozenModel
 from .gradient import MAX_GRADIENT_ERROR, gradient_error
 
 HALF_SCALE = 2.0**12  # of the loss, for models that compute in fp16
+Columns = TypeVar("Columns", Points, Prompts)
 
 
 @dataclass
@@ -51,7 +54,7 @@ def spread_of(texts: list[Tensor]) -> Tensor:
 
 
 def attack(
-    found: Attacked, network, frozen, points: Points, prompts: Prompts, safe: list, spread: Tensor, seed: int
+    found: Attacked, network: Redirectors, frozen: FrozenModel, points: Points, prompts: Prompts, safe: list, spread: Tensor, seed: int
 ) -> None:  # fmt: skip
     """Adds a batch of recorded harmful runs of a model that `frozen` has loaded; `network`: the HGR in plain layers, on the device.
 
@@ -84,7 +87,7 @@ def attack(
             found.strength += harm_is_back(None, predict, points, partners, tokens).tolist()
 
 
-def _normal(columns, device: torch.device) -> Any:
+def _normal(columns: Columns, device: torch.device) -> Columns:
     """Columns as tensors that autograd accepts, numbers as float32, on a device; what counts rows stays where it is."""
 
     def moved(name: str, value: Tensor | None) -> Tensor | None:

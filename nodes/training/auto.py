@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from comfy.model_patcher import ModelPatcher
+from comfy.supported_models_base import BASE
+
 from ..host.families import prediction_of
 
 AUTO = "auto"
@@ -20,7 +23,7 @@ class AutoRuns:
     cfg: tuple[float, float]
 
 
-def auto_runs(model) -> AutoRuns:
+def auto_runs(model: ModelPatcher | None) -> AutoRuns:
     """For a MODEL; without one, as for Stable Diffusion 1.5."""
     if model is None:
         return AutoRuns(sizes_of(512), "normal", (3.0, 8.0))
@@ -31,7 +34,7 @@ def auto_runs(model) -> AutoRuns:
     return AutoRuns(sizes_of(side_of(config)), "simple" if flow else "normal", cfg)
 
 
-def side_of(config) -> int:
+def side_of(config: BASE) -> int:
     """The side of a square picture that a family draws best; a model of our own says it by itself."""
     own = getattr(type(config), "native_side", None)  # of the class: core's instances warn of what they lack
     return own or SIDES.get(type(config).__name__, SIDE)

@@ -2,12 +2,13 @@
 
 import json
 
+from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
 from ... import hgr_models
 from ...hgr_models.calibration import calibrated, proof_in_words
 from ..host.schema import HGR_TYPE, MY_PROMPTS_TYPE, make_input, make_schema
-from ..loader import load_hgr_model
+from ..loader import HGRModel, load_hgr_model
 from . import cards
 from .check_hgr import copy_of, save_path
 from .inputs import number
@@ -50,7 +51,9 @@ class CalibrateHGR(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, clip, hgr, my_prompts, false_positive_rate=0.01, save_as="") -> io.NodeOutput:
+    def execute(
+        cls, clip: CLIP, hgr: HGRModel, my_prompts: tuple[str, ...], false_positive_rate: float = 0.01, save_as: str = ""
+    ) -> io.NodeOutput:
         path = save_path(save_as) if save_as else None
         network = copy_of(hgr) if save_as else None  # first: what cannot be saved is refused before anything is read
         own = read_own(clip, hgr, my_prompts)

@@ -4,6 +4,8 @@ import logging
 import os
 from collections.abc import Mapping
 
+from comfy.model_patcher import ModelPatcher
+
 from ... import hgr_models
 from ...hgr_models.model_card import write_card
 from ..host.architecture import architecture_of
@@ -28,7 +30,7 @@ def refresh(path: str | os.PathLike, digest: str | None = None, **measured: Mapp
         logger.warning("SafeCFG: no model card was written: %s", error)
 
 
-def of_model(numbers: Mapping, model) -> dict:
+def of_model(numbers: Mapping, model: ModelPatcher) -> dict:
     """Numbers of a check with the name of what it ran on."""
     patched = ", patched" if model.patches else ""
     return {**numbers, "model": f"{architecture_of(model)}, base {base_of_model(model)[:12]}{patched}"}

@@ -9,30 +9,41 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
 from ... import hgr_models
 from ...hgr_models.calibration import calibrated, calibrated_on_pictures
+from ...hgr_models.pairs import PromptSet
 from ..host.embedded import clip_for
 from ..host.encoding import encode_batch
 from ..host.families import check_family
 from ..host.hooks import without_safecfg
 from ..host.schema import HGR_TYPE, MY_PROMPTS_TYPE, PROMPTS_TYPE, defaults_of, make_input, make_schema
-from ..loader import FOLDER, check_name, load_hgr_model
+from ..loader import FOLDER, HGRModel, check_name, load_hgr_model
 from . import cards, measure
 from .attack import Attacked, attack, spread_of
 from .frozen_model import FrozenModel, check_can_freeze
 from .inputs import latent_input, number, run_inputs, run_settings
 from .launch import with_reserved
 from .own_readings import OwnReadings, read_own
-from .recorder import CALIBRATION, FOLLOW, HARMFUL, clean_pairs, plan_jobs, record_job
+from .recorder import CALIBRATION, FOLLOW, HARMFUL, RunSettings, clean_pairs, plan_jobs, record_job
 
 SPREAD = 64  # prompts of each kind by which an attack measures the tokens' spread
 OTHER_RUNS = 2**50  # added to the seed: the runs of a training with the same seed calibrated the HGR, and prove nothing about it
 RUN_STEPS = "Sampling steps of a harmful run; clean runs have 20."
 
 
-def look(model, clip, hgr, prompts, settings, counts: tuple[int, int], attacked: Attacked | None = None) -> measure.Found:
+def look(
+    model: ModelPatcher,
+    clip: CLIP,
+    hgr: HGRModel,
+    prompts: PromptSet,
+    settings: RunSettings,
+    counts: tuple[int, int],
+    attacked: Attacked | None = None,
+) -> measure.Found:
     """Runs and looks at harmful and clean prompts that were held out, as many runs as `counts` says; the harmful ones may be attacked."""
     hgr, device, clip = hgr.on(model.load_device), model.load_device, clip_for(model, clip)
     network = hgr.patcher.model
@@ -65,7 +76,7 @@ def look(model, clip, hgr, prompts, settings, counts: tuple[int, int], attacked:
     return found
 
 
-def copy_of(hgr) -> hgr_models.HGR:
+def copy_of(hgr: HGRModel) -> hgr_models.HGR:
     """The networks on the CPU, with nothing shared: what core hangs on a loaded one must not be copied. HGRError for combined ones."""
     loaded = hgr.patcher.model
     network = hgr_models.HGR(hgr.info, *(None if part is None else part.config for part in (loaded.condition, loaded.guidance)))
@@ -116,8 +127,8 @@ class CheckHGR(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, hgr, prompts, harmful_runs=40, clean_runs=100, false_positive_rate=0.01, save_as="", my_prompts=None,
-        attack_steps=0, **widgets,
+        cls, model: ModelPatcher, clip: CLIP, hgr: HGRModel, prompts: PromptSet, harmful_runs: int = 40, clean_runs: int = 100,
+        false_positive_rate: float = 0.01, save_as: str = "", my_prompts: tuple[str, ...] | None = None, attack_steps: int = 0, **widgets,
     ) -> io.NodeOutput:  # fmt: skip
         if tuple(prompts.categories) != hgr.info.categories:
             raise hgr_models.HGRError(

@@ -11,9 +11,16 @@ from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...hgr_models.recording import Points, Prompts
+    from ...hgr_models.shards import Recording
+    from .frozen_model import FrozenModel
+
 
 PACK, NAME = Path(__file__).resolve().parents[2], "safecfg"
 
@@ -21,7 +28,7 @@ PACK, NAME = Path(__file__).resolve().parents[2], "safecfg"
 class HostModel:
     """A model that stays loaded until `close`, or the end of the process; a `losses.PredictWith`."""
 
-    def __init__(self, frozen, shape: tuple[int, ...]):
+    def __init__(self, frozen: "FrozenModel", shape: tuple[int, ...]):
         self.frozen = frozen
         stack = ExitStack()
         stack.enter_context(frozen.loaded(shape, checkpointing=True))
@@ -33,11 +40,11 @@ class HostModel:
         """What a loss is to be multiplied with, so that no gradient is lost in the model's precision."""
         return 2.0**12 if self.frozen.half else 1.0
 
-    def __call__(self, points, prompts, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+    def __call__(self, points: "Points", prompts: "Prompts", tokens: Tensor, pooled: Tensor | None) -> Tensor:
         return self.frozen.predict(points, prompts, tokens, pooled)
 
 
-def frozen(device: torch.device, comfyui: Path, checkpoint: str, recording, batch: int) -> HostModel:
+def frozen(device: torch.device, comfyui: Path, checkpoint: str, recording: "Recording", batch: int) -> HostModel:
     """The denoiser of a checkpoint, for batches of the points of a recording that was made with it.
 
     Raises ValueError when there is no ComfyUI or no such checkpoint, when the recording is another model's, or when the
@@ -101,7 +108,7 @@ def load_pack() -> ModuleType:
     return sys.modules[NAME]
 
 
-def _load(checkpoint: str, pack) -> tuple:
+def _load(checkpoint: str, pack: ModuleType) -> tuple:
     """The MODEL of a checkpoint, by name or path, and what its prompts carry beside their text."""
     import comfy.sd
     import folder_paths

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image, ImageDraw
 
 from ... import hgr_models
 from ...hgr_models.calibration import proof_in_words
+from ...hgr_models.training import Training
 from ..reporting.drawing import COLOURS, FAINT, INK, MARGIN, PAPER, ROW, TRACK, font
 
 DISTANCES = {"before": "before", "error": "after", "held_out": "after on runs that were not trained on"}  # of a step report
@@ -145,7 +147,18 @@ def plot(pen: ImageDraw.ImageDraw, place: tuple[int, int], title: str, lines: li
             pen.line(at, COLOURS[i % len(COLOURS)], 2)
 
 
-def summary(session, hgr: hgr_models.HGR, path: Path) -> str:
+class Trained(Protocol):
+    """What a summary asks a session for."""
+
+    notes: list[str]
+
+    @property
+    def history(self) -> list[dict]: ...
+    @property
+    def trainings(self) -> dict[str, Training]: ...
+
+
+def summary(session: Trained, hgr: hgr_models.HGR, path: Path) -> str:
     """What was trained, in words."""
     proof = hgr.info.training["calibration"]
     lines = [f"{path}: {', '.join(hgr.info.categories)}", *session.notes]

@@ -5,14 +5,19 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 from ... import hgr_models
 from ...hgr_models import losses
+from ...hgr_models.condition import ConditionConfig
 from ...hgr_models.detection import LEVELS
+from ...hgr_models.guidance import GuidanceConfig, GuidanceRedirector
+from ...hgr_models.pairs import PromptSet
 from ...hgr_models.recording import Points
 from ...hgr_models.shards import HARMFUL, Recording
 from ...hgr_models.textspace import draw_readers
@@ -28,7 +33,9 @@ from .recorder import (
     CALIBRATION_STEPS,
     FOLLOW,
     LOOKS,
+    Job,
     RecordingGuider,
+    RunSettings,
     at_once_or_one_by_one,
     clean_pairs,
     empty_latent,
@@ -82,9 +89,26 @@ class Cost:
             )
 
 
-def estimate(session, record_only: bool = False) -> Cost:
+class Estimated(Protocol):
+    """What an estimate asks a session for."""
+
+    plan: TrainPlan
+    model: ModelPatcher | None
+    clip: CLIP | None
+    prompts: PromptSet | None
+    folder: Path
+    checking: float  # seconds of the model's checks
+
+    @property
+    def device(self) -> torch.device: ...
+    def encode(self, texts: list[str]) -> list: ...
+    def new_info(self) -> hgr_models.HGRInfo: ...
+    def configs(self) -> tuple[ConditionConfig | None, GuidanceConfig | None]: ...
+
+
+def estimate(session: Estimated, record_only: bool = False) -> Cost:
     """The cost of a session that has looked at its facts; encodes and evaluates twice to know how fast that is."""
-    plan: TrainPlan = session.plan
+    plan = session.plan
     text = 0.0 if session.clip is None else _seconds_per_text(session)
     records = plan.records and session.model is not None
     row = _seconds_per_row(session) if records else 0.0
@@ -110,7 +134,7 @@ def estimate(session, record_only: bool = False) -> Cost:
     )
 
 
-def _seconds(plan: TrainPlan, session, text: float, row: float, step: float) -> dict[str, float]:
+def _seconds(plan: TrainPlan, session: Estimated, text: float, row: float, step: float) -> dict[str, float]:
     """Per part, from the seconds of a text, of a model row, and of a step of the guidance redirector."""
     parts, points = {}, plan.runs.steps + LOOKS
     if session.clip is not None:
@@ -132,7 +156,7 @@ def _seconds(plan: TrainPlan, session, text: float, row: float, step: float) -> 
     return {**parts, "calibration": 5.0}
 
 
-def _seconds_per_text(session) -> float:
+def _seconds_per_text(session: Estimated) -> float:
     """One prompt through the text encoders; the first, which loads them, does not count."""
     for _ in range(2):
         started = time.monotonic()
@@ -141,17 +165,17 @@ def _seconds_per_text(session) -> float:
     return seconds
 
 
-def _count_of_texts(prompts) -> int:
+def _count_of_texts(prompts: PromptSet) -> int:
     """Prompts that are encoded: both sides of every pair, and the clean ones."""
     return 2 * (len(prompts.pairs) + len(prompts.held_out_pairs)) + len(prompts.clean) + len(prompts.held_out_clean)
 
 
-def share_kept(prompts, each: float) -> float:
+def share_kept(prompts: PromptSet, each: float) -> float:
     """The share of the prompts that is encoded, at `each` bytes per prompt: as `prompt_recorder.plan_batches` cuts them."""
     return min(1.0, LARGEST / max(1.0, _count_of_texts(prompts) * each))
 
 
-def _seconds_per_text_step(session) -> float:
+def _seconds_per_text_step(session: Estimated) -> float:
     """One step in text space, on random tokens as long as the first pair's; it holds no more than a step itself."""
     length = TOKENS if session.clip is None else session.encode([session.prompts.pairs[0].harmful])[0][0].shape[1]
     info, generator = session.new_info(), torch.Generator().manual_seed(0)
@@ -172,7 +196,7 @@ def text_bytes(facts: dict) -> int:
     return 12 * 4 * PAIR_TOKENS * facts["token_width"]
 
 
-def _seconds_per_row(session) -> float:
+def _seconds_per_row(session: Estimated) -> float:
     """One row of one evaluation of the model, at the largest size; the first evaluation, which loads, does not count."""
     runs = session.plan.runs
     pairs = clean_pairs(session.prompts.clean)
@@ -180,7 +204,7 @@ def _seconds_per_row(session) -> float:
     return at_once_or_one_by_one(lambda one_by_one: _seconds_of_job(session, job, runs, one_by_one), len(job.pairs))
 
 
-def _seconds_of_job(session, job, runs, one_by_one: bool) -> float:
+def _seconds_of_job(session: Estimated, job: Job, runs: RunSettings, one_by_one: bool) -> float:
     groups = lambda texts: encode_groups(session.clip, texts, one_by_one)  # noqa: E731
     positive = groups([pair.harmful for pair in job.pairs])
     roles = {"positive": positive, "negative": groups([""] * (len(job.pairs) if one_by_one else 1))}
@@ -192,7 +216,7 @@ def _seconds_of_job(session, job, runs, one_by_one: bool) -> float:
     return seconds / (2 * len(job.pairs))
 
 
-def _shape(session) -> tuple[int, ...]:
+def _shape(session: Estimated) -> tuple[int, ...]:
     """Of the largest latents (C, *spatial) that are recorded."""
     if session.model is None:
         return max(
@@ -204,11 +228,11 @@ def _shape(session) -> tuple[int, ...]:
     return tuple(empty_latent(session.model, runs, max(runs.sizes, key=math.prod), 1).shape[1:])
 
 
-def _guidance_network(session, device: torch.device) -> Any:
+def _guidance_network(session: Estimated, device: torch.device) -> GuidanceRedirector:
     return hgr_models.HGR(session.new_info(), None, session.configs()[1]).to(device).guidance
 
 
-def _guidance_loss(network, shape: tuple[int, ...], count: int) -> torch.Tensor:
+def _guidance_loss(network: GuidanceRedirector, shape: tuple[int, ...], count: int) -> torch.Tensor:
     """The loss of `count` random points, as a training step computes it."""
     device = next(network.parameters()).device
     latents = [torch.randn(count, *shape, device=device) for _ in range(4)]
@@ -219,7 +243,7 @@ def _guidance_loss(network, shape: tuple[int, ...], count: int) -> torch.Tensor:
     return error.mean() + b + q
 
 
-def guidance_bytes(session) -> int:
+def guidance_bytes(session: Estimated) -> int:
     """What a step of the guidance redirector keeps for its backward pass, at the largest size; seen on two points, on the CPU."""
     shape = _shape(session)
     with torch.inference_mode(False), torch.enable_grad():
@@ -228,7 +252,7 @@ def guidance_bytes(session) -> int:
     return one + (POINTS - 1) * (two - one)
 
 
-def _bytes_kept(network, shape: tuple[int, ...], count: int) -> int:
+def _bytes_kept(network: GuidanceRedirector, shape: tuple[int, ...], count: int) -> int:
     kept: dict[int, torch.UntypedStorage] = {}  # several operations keep the same tensor
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -240,7 +264,7 @@ def _bytes_kept(network, shape: tuple[int, ...], count: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _seconds_per_guidance_step(session, shape: tuple[int, ...]) -> float:
+def _seconds_per_guidance_step(session: Estimated, shape: tuple[int, ...]) -> float:
     """One step of the guidance redirector on random tensors."""
     comfy.model_management.free_memory(guidance_bytes(session), session.device)  # the model was just evaluated
     with torch.inference_mode(False), torch.enable_grad():
@@ -254,7 +278,7 @@ def _seconds_per_guidance_step(session, shape: tuple[int, ...]) -> float:
     return seconds
 
 
-def _bytes_of_training(session) -> int:
+def _bytes_of_training(session: Estimated) -> int:
     """Both redirectors with their averages, gradients and two moments, float32; the recording is mapped, not loaded."""
     info = session.new_info()
     with torch.device("meta"):
@@ -262,7 +286,7 @@ def _bytes_of_training(session) -> int:
     return 5 * 4 * sum(p.numel() for p in hgr.parameters())
 
 
-def _bytes_on_disk(plan: TrainPlan, session, shape: tuple[int, ...], tokens: float) -> int:
+def _bytes_on_disk(plan: TrainPlan, session: Estimated, shape: tuple[int, ...], tokens: float) -> int:
     """Of a recording, at `tokens` bytes per encoded prompt."""
     if session.clip is None:
         return 0

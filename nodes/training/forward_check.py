@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
+from ...hgr_models.condition import ConditionRedirector
 from ...hgr_models.errors import HGRError
 from ...hgr_models.hgr import WEAK
 from ...hgr_models.pairs import PromptSet
@@ -41,7 +44,9 @@ class CheckGuider(GroupedGuider):
     cfg_scale, left, before = 5.0, 0.0, 0.0
     on_step: Callable[[], None]
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None) -> torch.Tensor:
+    def predict_noise(
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict | None = None, seed: int | None = None
+    ) -> torch.Tensor:
         self.on_step()
         uncond, cond, partner, corrected = self.evaluate(list(ROLES), x, timestep, model_options)
         self.left += float((corrected.float() - partner.float()).square().sum())
@@ -50,7 +55,7 @@ class CheckGuider(GroupedGuider):
 
 
 @torch.no_grad()
-def check_reads(model, clip, prompts: PromptSet, runs: RunSettings, always: bool = True) -> float:
+def check_reads(model: ModelPatcher, clip: CLIP, prompts: PromptSet, runs: RunSettings, always: bool = True) -> float:
     """Evaluates one prompt at the smallest size; the seconds that this took, without loading the model.
 
     Raises HGRError where a MODEL cannot read a CLIP's prompts, before minutes are spent.
@@ -82,7 +87,9 @@ class ReadingGuider(GroupedGuider):
 
     seconds = 0.0  # of the last evaluation
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None) -> torch.Tensor:
+    def predict_noise(
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict | None = None, seed: int | None = None
+    ) -> torch.Tensor:
         self.part(x)  # raises for a latent that was made for another model
         started = time.monotonic()
         (drawn,) = self.evaluate(["positive"], x, timestep, model_options)
@@ -107,9 +114,9 @@ def _check_finite(number: float) -> float:
 
 @torch.no_grad()
 def error_ratio(
-    model,
-    clip,
-    network,
+    model: ModelPatcher,
+    clip: CLIP,
+    network: ConditionRedirector,
     prompts: PromptSet,
     runs: RunSettings,
     extent: Extent | None = None,
@@ -130,7 +137,7 @@ def error_ratio(
             break
         what = f"asking the model, run {i + 1} of {len(jobs)}"
 
-        def run(one_by_one: bool, job=job, what=what) -> CheckGuider:
+        def run(one_by_one: bool, job: Job = job, what: str = what) -> CheckGuider:
             guider = CheckGuider(model)
             guider.cfg_scale, guider.on_step = job.cfg, count_of_steps(what, extent.steps, say)
             guider.set_groups(_roles(clip, network, prompts, job, one_by_one))
@@ -156,7 +163,7 @@ def count_of_steps(what: str, steps: int, say: Callable[[str], None] | None) -> 
     return step
 
 
-def _roles(clip, network, prompts: PromptSet, job: Job, one_by_one: bool) -> dict[str, list]:
+def _roles(clip: CLIP, network: ConditionRedirector, prompts: PromptSet, job: Job, one_by_one: bool) -> dict[str, list]:
     groups = lambda texts: encode_groups(clip, texts, one_by_one)  # noqa: E731
     removed = torch.stack([labels(prompts.categories, pair.removed) for pair in job.pairs])
     positive = groups([pair.harmful for pair in job.pairs])
@@ -165,7 +172,7 @@ def _roles(clip, network, prompts: PromptSet, job: Job, one_by_one: bool) -> dic
     return {"positive": positive, "negative": negative, "partner": partner, "corrected": corrected}
 
 
-def _corrected(entry: list, network, removed: torch.Tensor) -> list:
+def _corrected(entry: list, network: ConditionRedirector, removed: torch.Tensor) -> list:
     """An entry of a CONDITIONING after redirection of the categories `removed` (B, K)."""
     tokens, extras = entry
     condition = {**extras, TOKENS: tokens}

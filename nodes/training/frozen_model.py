@@ -1,8 +1,8 @@
 """The user's model as a frozen function that carries gradients from its prediction back to a prompt's tokens."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -11,6 +11,8 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import hgr_models
@@ -79,7 +81,7 @@ def _shared(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def as_made(model) -> Iterator[None]:
+def as_made(model: ModelPatcher) -> Iterator[None]:
     """The mode in which a MODEL's weights were made, for a while: core makes quantised ones anew where it moves them.
 
     Those that were made in another mode could not be moved in this one, by the next sampler.
@@ -101,17 +103,17 @@ def in_training() -> Iterator[None]:
             comfy.model_management.in_training = before
 
 
-def differentiable_attention(chosen, *args, **kwargs) -> Tensor:
+def differentiable_attention(chosen: Callable, *args, **kwargs) -> Tensor:
     """Torch's own attention, whatever the host was started with: some of the others have no backward pass."""
     kwargs.pop("transformer_options", None)
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-def _is_dynamic(model) -> bool:
+def _is_dynamic(model: ModelPatcher) -> bool:
     return getattr(model, "is_dynamic", bool)()
 
 
-def check_can_freeze(model) -> None:
+def check_can_freeze(model: ModelPatcher) -> None:
     """Raises HGRError for a MODEL whose weights core cannot load whole beside its dynamic VRAM."""
     if _is_dynamic(model) and model.cached_patcher_init is None:
         raise hgr_models.HGRError(
@@ -123,7 +125,7 @@ def check_can_freeze(model) -> None:
 class FrozenModel:
     """A MODEL, fully loaded, in which nothing learns; use it inside `loaded`."""
 
-    def __init__(self, model, template: dict, latent=None, limit: int | None = None):
+    def __init__(self, model: ModelPatcher, template: dict, latent: Tensor | None = None, limit: int | None = None):
         """`template`: the keys of a condition beside tokens, pooled and mask, such as Flux's guidance.
 
         `latent`: nested latents of one run, for a model of audio and video; only their shapes count. `limit`: bytes of the
@@ -140,7 +142,7 @@ class FrozenModel:
         self.has_pooled = POOLED in template  # core's HunyuanVideo 1.5 reads the key where it holds nothing
         self.template = {k: _normal(v) for k, v in template.items() if k not in (TOKENS, POOLED, MASK, WIDTH, LENGTHS, BYT5)}
         self.options: dict = {}
-        self.inner: Any = None
+        self.inner: BaseModel | None = None
 
     @property
     def half(self) -> bool:
@@ -294,17 +296,17 @@ class FrozenModel:
         return part, shapes
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> AbstractContextManager:
     """Core's context in which kernels run on a device that is not the first GPU; hosts without it have only one."""
     context = getattr(comfy.model_management, "cuda_device_context", None)
     return nullcontext() if context is None else context(device)
 
 
-def _normal(value) -> Any:
+def _normal(value: object) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _options(model) -> dict:
+def _options(model: ModelPatcher) -> dict:
     """The model's own options with an attention that has a backward pass, without hooks on the guidance."""
     options = comfy.model_patcher.create_model_options_clone(model.model_options)
     transformer = {**options.get("transformer_options", {}), OVERRIDE: differentiable_attention}
@@ -316,7 +318,7 @@ class OtherClipError(hgr_models.HGRError):
 
 
 @contextmanager
-def reading(model, tokens: Tensor, always: bool = False) -> Iterator[None]:
+def reading(model: ModelPatcher, tokens: Tensor, always: bool = False) -> Iterator[None]:
     """Says that a CLIP belongs to another model where a network cannot read its tokens (B, T, D). Raises HGRError.
 
     `always`: whatever else breaks is told as that, too, since nothing but the prompt is new to the model.

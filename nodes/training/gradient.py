@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import comfy.model_management
 import comfy.sample
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import hgr_models
@@ -44,7 +45,7 @@ class GradientCheck:
         return f"this model carries no exact gradients to its prompts ({self.reason or f'relative error {self.error:.2f}'})"
 
 
-def probe_gradient(model, conditioning: list, settings: RunSettings, checkpointing: bool = True) -> GradientCheck:
+def probe_gradient(model: ModelPatcher, conditioning: list, settings: RunSettings, checkpointing: bool = True) -> GradientCheck:
     """Tries gradients on one latent of noise of the smallest size, with the first row of a CONDITIONING."""
     tokens, extras = conditioning[0]
     row = lambda key: None if extras.get(key) is None else extras[key][:1].float().cpu()  # noqa: E731
@@ -56,7 +57,7 @@ def probe_gradient(model, conditioning: list, settings: RunSettings, checkpointi
         return check_gradient(FrozenModel(model, extras, settings.latent), _noise(model, settings), prompts, checkpointing)
 
 
-def _noise(model, settings: RunSettings) -> Points:
+def _noise(model: ModelPatcher, settings: RunSettings) -> Points:
     """One point of pure noise on the way of a run."""
     latent = empty_latent(model, settings, min(settings.sizes, key=math.prod), 1)
     sampling = model.get_model_object("model_sampling")

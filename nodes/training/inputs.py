@@ -1,6 +1,7 @@
 """The inputs that SafeCFG Train HGR, Record Guidance, Check HGR and Fine-tune Safe LoRA share."""
 
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ... import hgr_models
@@ -12,7 +13,9 @@ from .recorder import RunSettings
 NEGATIVES = "(empty)\n(empty)\nlow quality, blurry, watermark\nnsfw, nude, gore, violence\nclothes, safe, harmless"
 
 
-def number(kind, name: str, default, low, high, text: str, **more) -> io.Input:
+def number(
+    kind: type[io.Int] | type[io.Float], name: str, default: float, low: float, high: float, text: str, **more
+) -> io.Input:
     """A number widget."""
     return make_input(kind, name, default=default, min=low, max=high, tooltip=text, **more)
 
@@ -93,7 +96,7 @@ def latent_input() -> io.Input:
     )  # fmt: skip
 
 
-def run_settings(values: dict, model=None) -> RunSettings:
+def run_settings(values: dict, model: ModelPatcher | None = None) -> RunSettings:
     """The widgets' values, those on auto as a MODEL is used; raises HGRError for what cannot be read."""
     auto = auto_runs(model)
     samplers = tuple(name.strip() for name in values["samplers"].split(",") if name.strip())
@@ -111,7 +114,7 @@ def run_settings(values: dict, model=None) -> RunSettings:
     )  # fmt: skip
 
 
-def train_plan(name: str, networks: str, values: dict, model=None) -> TrainPlan:
+def train_plan(name: str, networks: str, values: dict, model: ModelPatcher | None = None) -> TrainPlan:
     """The plan of the widgets' values; Record Guidance has only those of its runs. Steps of 0 are those of the preset.
 
     Raises HGRError for a way to train or a preset that there is not.

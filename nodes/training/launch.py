@@ -4,6 +4,8 @@ import logging
 import random
 from dataclasses import replace
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_execution.utils import get_executing_context
 
 from ... import hgr_models
@@ -17,7 +19,9 @@ SHARE, ENOUGH = 0.2, 20  # of the clean prompts that is set aside where the prom
 logger = logging.getLogger(__name__)
 
 
-def open_session(plan: TrainPlan, model=None, clip=None, prompts=None) -> Session:
+def open_session(
+    plan: TrainPlan, model: ModelPatcher | None = None, clip: CLIP | None = None, prompts: PromptSet | None = None
+) -> Session:
     """A session for a plan. Raises HGRError when something that it needs is not connected."""
     given = {"model": model, "clip": clip, "prompts": prompts}
     missing = " and ".join(name for name in ("clip", "prompts") if given[name] is None)

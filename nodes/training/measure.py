@@ -8,9 +8,11 @@ from torch import Tensor
 from ... import hgr_models
 from ...hgr_models import losses
 from ...hgr_models.calibration import only_shown, picture_readings, run_maxima
+from ...hgr_models.hgr import Redirectors
 from ...hgr_models.recording import Points, Prompts
 from ...hgr_models.shapes import per_row
 from ...hgr_models.shards import Texts
+from .frozen_model import FrozenModel
 
 
 @dataclass
@@ -47,7 +49,9 @@ class Found:
 
 
 @torch.no_grad()
-def look_at_harmful(found: Found, hgr, frozen, points: Points, prompts: Prompts, device: torch.device) -> None:
+def look_at_harmful(
+    found: Found, hgr: Redirectors, frozen: FrozenModel, points: Points, prompts: Prompts, device: torch.device
+) -> None:
     """Adds a batch of harmful runs; `points.prompt` are rows of `prompts`."""
     on = hgr_models.CategorySettings((1.0,) * len(found.categories))
     found.harms += list(prompts.harms)
@@ -68,7 +72,9 @@ def look_at_harmful(found: Found, hgr, frozen, points: Points, prompts: Prompts,
         _look_at_guidance(found, hgr, points, len(prompts), on, device)
 
 
-def _look_at_guidance(found: Found, hgr, points: Points, runs: int, on, device: torch.device) -> None:
+def _look_at_guidance(
+    found: Found, hgr: Redirectors, points: Points, runs: int, on: hgr_models.CategorySettings, device: torch.device
+) -> None:
     first: list[float | None] = [None] * runs
     flagged = None
     steps = list(torch.arange(len(points)).split(runs))
@@ -92,7 +98,9 @@ def _distances(points: Points, denoised: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def look_at_clean(found: Found, hgr, points: Points, prompts: Prompts, pictures: Points, device: torch.device) -> None:
+def look_at_clean(
+    found: Found, hgr: Redirectors, points: Points, prompts: Prompts, pictures: Points, device: torch.device
+) -> None:
     """Adds a batch of clean runs; `points.prompt` are rows of `prompts`, `pictures` as in `calibration.picture_readings`."""
     if hgr.condition is not None:
         rows = (None if t is None else t.to(device) for t in (prompts.tokens, prompts.pooled, prompts.mask))

@@ -133,17 +133,19 @@ class OwnPrompts(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, source=PICTURES) -> str | bool:
+    def validate_inputs(cls, source: str | None = PICTURES) -> str | bool:
         """Not every host looks a V3 node's choice up in its list."""
         known = source in (None, PICTURES, TEXT) or source in input_lists()
         return True if known else f"There is no file {source!r} in ComfyUI's input folder. Choose another source."
 
     @classmethod
-    def fingerprint_inputs(cls, source=PICTURES, **_) -> str | float:
+    def fingerprint_inputs(cls, source: str = PICTURES, **_) -> str | float:
         return float("nan") if source != TEXT else ""  # pictures and files change
 
     @classmethod
-    def execute(cls, source=PICTURES, folder="", text="", most=2000, leave_out="") -> io.NodeOutput:
+    def execute(
+        cls, source: str = PICTURES, folder: str = "", text: str = "", most: int = 2000, leave_out: str = ""
+    ) -> io.NodeOutput:
         found, where = gather(source, folder, text, most)
         kept, gone = pp.without_words(found, leave_out)
         if not kept:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models.calibration import upper_bound
 from ..detection.detector import detect_prompts
 from ..host.encoding import encode_text
+from ..loader import HGRModel
 
 SHOWN = 40  # flagged prompts in a report
 
@@ -58,7 +60,7 @@ class OwnReadings:
         return "\n".join(lines + ([f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []))
 
 
-def read_own(clip, hgr, prompts: Sequence[str]) -> OwnReadings:
+def read_own(clip: CLIP, hgr: HGRModel, prompts: Sequence[str]) -> OwnReadings:
     """Encodes and reads prompts one by one. Raises what `detect_prompts` raises."""
     bar, rows = comfy.utils.ProgressBar(len(prompts)), []
     for prompt in prompts:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ... import hgr_models
 from ...hgr_models.condition import ConditionConfig, narrower_width
@@ -209,7 +210,7 @@ def in_bytes(count: float) -> str:
     return f"{count / 2**20:.0f} MB" if count < 2**30 else f"{count / 2**30:.1f} GB"
 
 
-def recording_facts(model, prompts: PromptSet, sample: Texts, encoder: EncoderPrint) -> dict:
+def recording_facts(model: ModelPatcher | None, prompts: PromptSet, sample: Texts, encoder: EncoderPrint) -> dict:
     """What every shard of a recording says, and later the HGR's metadata, as JSON: the family and the prompts.
 
     `sample` is any encoded prompt, `encoder` what made it. Without a model nothing is said of latents.
@@ -229,7 +230,7 @@ def recording_facts(model, prompts: PromptSet, sample: Texts, encoder: EncoderPr
     }
 
 
-def _latent_facts(model, like: torch.Tensor) -> dict:
+def _latent_facts(model: ModelPatcher, like: torch.Tensor) -> dict:
     latent, sampling = model.get_model_object("latent_format"), model.get_model_object("model_sampling")
     sigmas = [max(SIGMA_FLOOR, float(sampling.percent_to_sigma(part))) for part in LEVELS]
     return {

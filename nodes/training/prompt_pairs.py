@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -98,7 +97,7 @@ class PromptPairs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=NO_FILE) -> str | bool:
+    def validate_inputs(cls, file: str | None = NO_FILE) -> str | bool:
         """Not every host looks a V3 node's choice up in its list."""
         try:
             if file not in (None, NO_FILE):  # None: another node's output
@@ -108,13 +107,14 @@ class PromptPairs(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file=NO_FILE, **others) -> str | float:
+    def fingerprint_inputs(cls, file: str | None = NO_FILE, **others) -> str | float:
         return "" if file in (None, NO_FILE) else file_hash(str(input_file(file)))
 
     @classmethod
     def execute(
-        cls, prompt_set=SEVEN, categories="", pairs_per_category=pp.PAIRS_PER_CATEGORY, clean_prompts=pp.CLEAN_PROMPTS, own_pairs="",
-        own_category="own", file=NO_FILE, held_out=0.1, seed=0, calibration_prompts=pp.CALIBRATION_PROMPTS,
+        cls, prompt_set: str = SEVEN, categories: str = "", pairs_per_category: int = pp.PAIRS_PER_CATEGORY,
+        clean_prompts: int = pp.CLEAN_PROMPTS, own_pairs: str = "", own_category: str = "own", file: str = NO_FILE, held_out: float = 0.1,
+        seed: int = 0, calibration_prompts: int = pp.CALIBRATION_PROMPTS,
     ) -> io.NodeOutput:  # fmt: skip
         own = own_material(own_pairs, own_category, file)
         built = make_prompts(
@@ -126,7 +126,7 @@ class PromptPairs(io.ComfyNode):
         return io.NodeOutput(built.prompts, built.summary, ui=ui.PreviewText(built.summary))
 
 
-def _show(node: Any, text: str) -> None:
+def _show(node: type[io.ComfyNode], text: str) -> None:
     """Writes a text under the node, where a front end is connected; none shows another node's PreviewText by itself."""
     show_text(text, getattr(node.hidden, "unique_id", None))
 

@@ -5,21 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from comfy.sd import CLIP
 
 from ...hgr_models.errors import HGRError
 from ...hgr_models.pair_shards import write_pairs
-from ...hgr_models.pairs import PromptSet
+from ...hgr_models.pairs import PromptPair, PromptSet
 from ...hgr_models.shards import CALIBRATION, CALIBRATION_TEXTS, CLEAN, HELD_OUT_PAIRS, PAIRS, TEXTS, token_columns, write_texts
 from ...hgr_models.textspace import PairTexts
 from ..host.encoding import FILLERS, LONG, encode_batch, reads_clip_alone, some_layer, text_of, vary
-from .recorder import clean_pairs, labels
+from .recorder import CleanPrompt, clean_pairs, labels
 
 TEXT_BATCH = 32
 LARGEST = 4 * 2**30  # bytes of all encoded prompts on disk
 SAMPLE = 4  # pairs whose size is measured
 
 
-def write_prompts(clip, prompts: PromptSet, seed: int, folder: Path, facts: dict, notes: list[str]) -> Iterator[float]:
+def write_prompts(clip: CLIP, prompts: PromptSet, seed: int, folder: Path, facts: dict, notes: list[str]) -> Iterator[float]:
     """Writes every encoded prompt as shards; yields the share that is done. Those to learn from are worded as users do.
 
     Where they would take more than LARGEST, every kind is cut to the same share, said in `notes`. Raises HGRError where some are
@@ -62,7 +63,7 @@ def plan_batches(prompts: PromptSet, each: float, by_length: bool = False) -> tu
     return batches, share
 
 
-def bytes_of_prompt(clip, prompts: PromptSet) -> float:
+def bytes_of_prompt(clip: CLIP, prompts: PromptSet) -> float:
     """Of one encoded prompt on disk, about: by a few pairs, as they are and as long as `encoding.vary` makes a part of them."""
     texts = [pair.harmful for pair in _spread(prompts.pairs, min(1.0, SAMPLE / len(prompts.pairs)))]
     around = ", ".join(prompts.clean[:FILLERS])
@@ -70,12 +71,12 @@ def bytes_of_prompt(clip, prompts: PromptSet) -> float:
     return (1 - LONG) * plain + LONG * long
 
 
-def _stored_bytes(clip, texts: list[str]) -> float:
+def _stored_bytes(clip: CLIP, texts: list[str]) -> float:
     columns = token_columns("prompts", encode_batch(clip, texts)[0][0].float())
     return sum(t.numel() * t.element_size() for t in columns.values()) / len(texts)
 
 
-def _length(pair) -> int:
+def _length(pair: PromptPair | CleanPrompt) -> int:
     """Letters of a pair's longer side; close enough to tokens."""
     return max(len(pair.harmful), len(pair.safe))
 
@@ -86,7 +87,7 @@ def _spread(pairs: tuple, share: float) -> tuple:
     return pairs if count == len(pairs) else tuple(pairs[i * len(pairs) // count] for i in range(count))
 
 
-def _write(clip, prompts: PromptSet, path: Path, kind: str, pairs: tuple, facts: dict, rng: random.Random) -> None:
+def _write(clip: CLIP, prompts: PromptSet, path: Path, kind: str, pairs: tuple, facts: dict, rng: random.Random) -> None:
     texts = [[pair.harmful for pair in pairs], [pair.safe for pair in pairs]]
     harms = torch.stack([labels(prompts.categories, pair.harms) for pair in pairs])
     if kind in (PAIRS, CLEAN):

@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -53,7 +53,7 @@ class _Block:
         """As the block's own; the graph holds one node for all of it."""
         tensors, structure = _take_tensors((args, kwargs))
 
-        def run(inputs) -> Any:
+        def run(inputs: Sequence[Tensor]) -> Any:
             again, keywords = _put_back(structure, inputs)
             with self.place(), PlainKernels():
                 return self.compute(*again, **keywords)
@@ -79,7 +79,7 @@ class _Place:
     index: int
 
 
-def _take_tensors(value) -> tuple[list[Tensor], object]:
+def _take_tensors(value: object) -> tuple[list[Tensor], object]:
     """The tensors of nested tuples, lists, dictionaries and dataclasses, and the structure without them."""
     tensors: list[Tensor] = []
 
@@ -90,12 +90,12 @@ def _take_tensors(value) -> tuple[list[Tensor], object]:
     return tensors, _walked(value, Tensor, take)
 
 
-def _put_back(structure, tensors) -> Any:
+def _put_back(structure: object, tensors: Sequence[Tensor]) -> Any:
     """A structure of `_take_tensors` with tensors in its places; containers are new ones."""
     return _walked(structure, _Place, lambda place: tensors[place.index])
 
 
-def _walked(value, kind: type, visit: Callable) -> Any:
+def _walked(value: object, kind: type, visit: Callable) -> Any:
     if isinstance(value, kind):
         return visit(value)
     again = lambda part: _walked(part, kind, visit)  # noqa: E731
@@ -112,10 +112,10 @@ def _walked(value, kind: type, visit: Callable) -> Any:
 
 
 class _Recomputed(torch.autograd.Function):
-    """One block in the graph."""
+    """One block in the graph; `ctx` is autograd's own, which takes any attribute."""
 
     @staticmethod
-    def forward(ctx, block: _Block, run, found: list, anchor: Tensor, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, block: _Block, run: Callable, found: list, anchor: Tensor, *inputs: Tensor) -> Any:
         ctx.block, ctx.run = block, run
         ctx.save_for_backward(*inputs)
         outputs, structure = _take_tensors(run([t.clone() for t in inputs]))  # copies: a block may add to its inputs
@@ -125,7 +125,7 @@ class _Recomputed(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         block, inputs = ctx.block, [t.detach() for t in ctx.saved_tensors]
         needed = ctx.needs_input_grad[4:]
         inputs = [t.requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
@@ -138,14 +138,16 @@ class _Recomputed(torch.autograd.Function):
         return None, None, None, None, *(t.grad for t in inputs)
 
 
-def _differentiable(run, inputs: list[Tensor], gradients) -> tuple[list[Tensor], list[Tensor]]:
+def _differentiable(
+    run: Callable, inputs: list[Tensor], gradients: tuple[Tensor | None, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
     """A block's outputs, computed again, that have a gradient, and their gradients."""
     outputs, _ = _take_tensors(run([t.clone() for t in inputs]))
     both = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
     return [o for o, _ in both], [g for _, g in both]
 
 
-def _mutates(run, inputs: list[Tensor], gradients) -> bool:
+def _mutates(run: Callable, inputs: list[Tensor], gradients: tuple[Tensor | None, ...]) -> bool:
     """Whether a block changes in place what its backward pass needs; autograd notices that, at the price of one pass."""
     needed = [t for t in inputs if t.requires_grad]
     try:
@@ -163,7 +165,7 @@ def _mutates(run, inputs: list[Tensor], gradients) -> bool:
 class PlainKernels(TorchFunctionMode):
     """While it is on, core's kernels that have no backward pass are computed by plain torch, which has one."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "_qualified_op_name", "")
         if name.startswith(KERNELS) and torch.is_grad_enabled():

@@ -1,7 +1,10 @@
 """`SafeCFG Record Guidance`: sampling runs of a model as shards, from which an HGR learns."""
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
+from ...hgr_models.pairs import PromptSet
 from ..host.schema import PROMPTS_TYPE, defaults_of, make_input, make_schema
 from .inputs import count_inputs, latent_input, run_inputs, train_plan
 from .launch import open_session
@@ -33,7 +36,7 @@ class RecordGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, prompts, name="my_recording", **widgets) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, clip: CLIP, prompts: PromptSet, name: str = "my_recording", **widgets) -> io.NodeOutput:
         plan = train_plan(name, "both", {**defaults_of(cls), **widgets}, model)
         session = open_session(plan, model, clip, prompts)
         session.identify()

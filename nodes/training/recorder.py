@@ -5,18 +5,21 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ... import hgr_models
 from ...hgr_models.detection import LEVELS
 from ...hgr_models.pairs import PromptPair, PromptSet
-from ...hgr_models.recording import Points, Policy, Prompts
+from ...hgr_models.recording import Points, Prompts
 from ...hgr_models.shards import CALIBRATION, HARMFUL, PICTURES, write_runs
 from ...hgr_models.training import disguise
 from ..host.encoding import encode_groups, in_rows, padded, some_layer, text_of, vary
@@ -30,6 +33,8 @@ FOLLOW = ("prompt", "partner")  # what the runs follow before there is an HGR; t
 
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
+# (model, x, sigma, uncond_denoised, cond_denoised) -> the cond_denoised to follow
+Policy = Callable[[BaseModel, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def labels(categories: tuple[str, ...], harms: frozenset[str]) -> Tensor:
     return torch.tensor([float(c in harms) for c in categories])
 
 
-def empty_latent(model, settings: RunSettings, size: tuple[int, int], count: int) -> Tensor:
+def empty_latent(model: ModelPatcher, settings: RunSettings, size: tuple[int, int], count: int) -> Tensor:
     """Zeros (count, C, *spatial) as core's own empty-latent nodes make them for this model."""
     if settings.latent is not None:
         return _repeated(settings.latent, count)
@@ -122,7 +127,7 @@ def empty_latent(model, settings: RunSettings, size: tuple[int, int], count: int
     return comfy.sample.fix_empty_latent_channels(model, flat)
 
 
-def _repeated(latent, count: int) -> Any:
+def _repeated(latent: Tensor, count: int) -> Tensor:
     """Zeros like a latent (1, C, *spatial), or like nested ones (audio and video), `count` times."""
     zeros = lambda t: torch.zeros(count, *t.shape[1:])  # noqa: E731
     if isinstance(latent, Tensor):
@@ -139,7 +144,7 @@ class GroupedGuider(comfy.samplers.CFGGuider):
         self.groups = {role: [(name(role, i), rows) for i, (rows, _) in enumerate(groups)] for role, groups in roles.items()}
         self.inner_set_conds({name(role, i): cond for role, groups in roles.items() for i, (_, cond) in enumerate(groups)})
 
-    def inner_sample(self, *args, **kwargs) -> Any:
+    def inner_sample(self, *args, **kwargs) -> Tensor:
         """As core's; remembers the shapes of latents that core packed into one."""
         self.latent_shapes = tuple(kwargs.get("latent_shapes") or ())
         return super().inner_sample(*args, **kwargs)
@@ -181,7 +186,7 @@ class RecordingGuider(GroupedGuider):
         self.points: list[Points] = []
         return self
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         roles = ["negative", "positive", *(["partner"] if "partner" in self.groups else [])]
         uncond, cond, *others = self.evaluate(roles, x, timestep, model_options)
@@ -200,7 +205,7 @@ class RecordingGuider(GroupedGuider):
         return uncond + (towards - uncond) * self.job.cfg
 
 
-def sample(model, guider, job: Job, settings: RunSettings, steps: int) -> Tensor:
+def sample(model: ModelPatcher, guider: GroupedGuider, job: Job, settings: RunSettings, steps: int) -> Tensor:
     """One batch of runs through core's sampler; the finished latents."""
     latent = empty_latent(model, settings, job.size, len(job.pairs))
     noise = comfy.sample.prepare_noise(latent, job.seed)
@@ -208,7 +213,7 @@ def sample(model, guider, job: Job, settings: RunSettings, steps: int) -> Tensor
     return guider.sample(noise, latent, comfy.samplers.sampler_object(job.sampler), sigmas, disable_pbar=True, seed=job.seed)
 
 
-def _look_again(model, guider, output: Tensor, part: float, seed: int) -> None:
+def _look_again(model: ModelPatcher, guider: RecordingGuider, output: Tensor, part: float, seed: int) -> None:
     """Noises finished latents to a part of the schedule and evaluates them once more, as SafeCFG Detect Harm looks at pictures."""
     sigma = float(model.get_model_object("model_sampling").percent_to_sigma(part))
     euler = comfy.samplers.sampler_object("euler")
@@ -230,7 +235,13 @@ def at_once_or_one_by_one(run: Callable[[bool], Found], count: int) -> Found:
 
 
 def record_job(
-    model, clip, prompts: PromptSet, job: Job, settings: RunSettings, scale: Tensor | None, policy: Policy | None
+    model: ModelPatcher,
+    clip: CLIP,
+    prompts: PromptSet,
+    job: Job,
+    settings: RunSettings,
+    scale: Tensor | None,
+    policy: Policy | None,
 ) -> tuple[Points, Prompts, Points | None]:
     """As `_record_job`; a model that core cannot evaluate in batches gets its rows one by one."""
     arguments = model, clip, prompts, job, settings, scale, policy
@@ -238,8 +249,8 @@ def record_job(
 
 
 def _record_job(
-    model,
-    clip,
+    model: ModelPatcher,
+    clip: CLIP,
     prompts: PromptSet,
     job: Job,
     settings: RunSettings,
@@ -290,7 +301,7 @@ def _disguise(groups: list[tuple[list[int], list]], scale: Tensor, generator: to
 
 
 def record_shards(
-    model, clip, prompts: PromptSet, jobs: list[Job], settings: RunSettings, folder: Path, facts: dict,
+    model: ModelPatcher, clip: CLIP, prompts: PromptSet, jobs: list[Job], settings: RunSettings, folder: Path, facts: dict,
     scale: Tensor | None = None, policy: Policy | None = None,
 ) -> Iterator[Job]:  # fmt: skip
     """Records every job whose shard is not there yet; yields each when it is on disk."""

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from PIL import Image
 
 from ... import hgr_models
@@ -30,7 +33,7 @@ from .gradient import probe_gradient
 from .plan import WITH_GUIDANCE, TrainPlan, make_folder, recording_facts
 from .progress import Progress
 from .prompt_recorder import write_prompts
-from .recorder import FOLLOW, clean_pairs, plan_jobs, record_shards
+from .recorder import FOLLOW, Job, Policy, clean_pairs, plan_jobs, record_shards
 
 WORDS = {PROMPTS: "condition redirector from prompts", CONDITION: "condition redirector", GUIDANCE: "guidance redirector"}
 
@@ -48,7 +51,15 @@ class OtherTraining(hgr_models.HGRError):
 class Session:
     """A training in its folder; `say` shows a line of text to the user. Without CLIP and prompts it trains from recorded shards."""
 
-    def __init__(self, plan: TrainPlan, folder: Path, say: Callable[[str], None], model=None, clip=None, prompts=None):
+    def __init__(
+        self,
+        plan: TrainPlan,
+        folder: Path,
+        say: Callable[[str], None],
+        model: ModelPatcher | None = None,
+        clip: CLIP | None = None,
+        prompts: PromptSet | None = None,
+    ):
         self.plan, self.folder, self.say = plan, folder, say
         self.prompts: PromptSet | None = prompts
         self.model = None if model is None else without_safecfg(model)
@@ -194,7 +205,7 @@ class Session:
         """The tokens' spread per channel, by which prompts are disguised."""
         self.scale = robust_units(recording.draw_texts(True, 64, torch.Generator().manual_seed(0)).tokens.flatten(0, 1))[1]
 
-    def _record_shards(self, jobs, part: str, policy=None) -> None:
+    def _record_shards(self, jobs: list[Job], part: str, policy: Policy | None = None) -> None:
         started = time.monotonic()
         done = record_shards(
             self.model, self.clip, self.prompts, jobs, self.plan.runs, self.folder, self.facts, self.scale, policy
@@ -224,7 +235,7 @@ class Session:
         self.progress.update("calibration", 1.0, "calibrated")
         return hgr
 
-    def _polish_where_weak(self, hgr, recording: Recording) -> Recording:
+    def _polish_where_weak(self, hgr: hgr_models.HGR, recording: Recording) -> Recording:
         """Trains through the model, too, where prompts alone have not taught enough and the model carries gradients."""
         ratio = self._ratio(hgr)
         if ratio <= WEAK:
@@ -246,7 +257,7 @@ class Session:
         self._train_condition(hgr, recording)
         return recording
 
-    def _ratio(self, hgr) -> float:
+    def _ratio(self, hgr: hgr_models.HGR) -> float:
         """How far the model's answer to corrected prompts is from the safe one, forward only; see `forward_check`."""
         with torch.inference_mode():
             ratio = forward_check.error_ratio(self.model, self.clip, hgr.condition, self.prompts, self.plan.runs, say=self.say)
@@ -254,7 +265,7 @@ class Session:
         self.progress.update("check", min(1.0, self.asked / max(1, self.checks)), "the model was asked")
         return ratio
 
-    def _judge(self, hgr, recording: Recording) -> None:
+    def _judge(self, hgr: hgr_models.HGR, recording: Recording) -> None:
         """Says what each network does, and leaves out a guidance redirector that does nothing beside a condition redirector."""
         if hgr.condition is not None and self.model is not None:
             ratio = self._ratio(hgr)
@@ -275,7 +286,7 @@ class Session:
                 "it does next to nothing, so the HGR has none: more harmful_runs, and preset = thorough, would help"
             )
 
-    def _train_text(self, hgr, recording: Recording) -> None:
+    def _train_text(self, hgr: hgr_models.HGR, recording: Recording) -> None:
         if not recording.buckets(PAIRS):
             raise hgr_models.HGRError(
                 f"{self.folder} was recorded before HGRs were trained from prompts, and has no pairs. Connect `clip` and `prompts`."
@@ -289,7 +300,7 @@ class Session:
         self.trainer.run(Phase(PROMPTS, training, step, plan.prompt_steps, held_out, (CONDITION,)))
         self.progress.finish(PROMPTS)
 
-    def _train_condition(self, hgr, recording: Recording) -> None:
+    def _train_condition(self, hgr: hgr_models.HGR, recording: Recording) -> None:
         plan = self.plan
         training = ConditionTraining(hgr, plan.condition_steps, plan.runs.seed, plan.runs.batch, plan.learning_rate)
         if not plan.by_text:
@@ -311,7 +322,7 @@ class Session:
             step = lambda: training.train_step(recording, frozen.predict)  # noqa: E731
             self.trainer.run(Phase(CONDITION, training, step, plan.condition_steps, error_on))
 
-    def _train_guidance(self, hgr, recording: Recording) -> None:
+    def _train_guidance(self, hgr: hgr_models.HGR, recording: Recording) -> None:
         training = GuidanceTraining(hgr, self.plan.guidance_steps, self.plan.runs.seed + 1, 1.5 * self.plan.learning_rate)
         self.trainer.begin(GUIDANCE, training)
         if self.plan.policy_runs and self.model is not None:
@@ -332,12 +343,14 @@ class Session:
         with torch.inference_mode():
             comfy.model_management.free_memory(count, self.device)
 
-    def _record_policy(self, hgr) -> Recording:
+    def _record_policy(self, hgr: hgr_models.HGR) -> Recording:
         """Runs that follow the HGR in training: it must turn what it will meet."""
         jobs = plan_jobs(self.plan.runs, HARMFUL, self.prompts.pairs, self.plan.policy_runs, ("policy",))
         on = hgr_models.CategorySettings((1.0,) * len(hgr.info.categories))
 
-        def policy(model, x, sigma, uncond_denoised, cond_denoised) -> torch.Tensor:
+        def policy(
+            model: BaseModel, x: torch.Tensor, sigma: torch.Tensor, uncond_denoised: torch.Tensor, cond_denoised: torch.Tensor
+        ) -> torch.Tensor:
             x_in = model.model_sampling.calculate_input(sigma, x)
             return hgr_models.redirect_guidance(hgr, cond_denoised, uncond_denoised, x_in, sigma, on).cond_denoised
 

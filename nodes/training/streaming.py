@@ -1,6 +1,6 @@
 """Weights that do not fit beside what a backward pass keeps: blocks come to the device for their turn, and go again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,10 +29,11 @@ class Streaming:
             yield
 
     @contextmanager
-    def _copied(self, parts) -> Iterator[None]:
+    def _copied(self, parts: Iterable[nn.Module]) -> Iterator[None]:
         changed, size = [], 0
         for part in parts:
-            for store in (part._parameters, part._buffers):
+            stores: tuple[dict, dict] = (part._parameters, part._buffers)
+            for store in stores:
                 for name, value in store.items():
                     if value is not None:
                         there = value.detach().to(self.device, copy=True)

@@ -4,9 +4,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
 from ... import hgr_models
+from ...hgr_models.pairs import PromptSet
 from ...hgr_models.training_state import begin_again
 from ..host.schema import HGR_TYPE, PROMPTS_TYPE, defaults_of, make_input, make_schema
 from ..loader import FOLDER, check_name, load_hgr_model
@@ -70,7 +73,16 @@ class TrainHGR(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, name="my_hgr", train=PROMPTS, resume=True, model=None, clip=None, prompts=None, **widgets) -> io.NodeOutput:
+    def execute(
+        cls,
+        name: str = "my_hgr",
+        train: str = PROMPTS,
+        resume: bool = True,
+        model: ModelPatcher | None = None,
+        clip: CLIP | None = None,
+        prompts: PromptSet | None = None,
+        **widgets,
+    ) -> io.NodeOutput:
         plan = train_plan(name, train, {**defaults_of(cls), **widgets}, model)
         session = open_session(plan, model, clip, prompts)
         path = output_path(name)
