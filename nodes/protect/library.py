@@ -93,7 +93,9 @@ def candidates() -> list[tuple[str, hgr_models.HGRInfo, tuple[str, ...]]]:
     found = []
     for name in known_hgrs.names():
         path = folder_paths.get_full_path(FOLDER, name)
-        with suppress(OSError, TypeError):  # removed since core listed it
+        if path is None:  # removed since core listed it
+            continue
+        with suppress(OSError):  # or just now
             stat = Path(path).stat()
             if (info := _info(path, stat.st_size, stat.st_mtime_ns)) is not None:
                 found.append((path, *info))
@@ -107,7 +109,12 @@ def find(clip: CLIP, model: ModelPatcher | None = None, nearest: float = SAME) -
     it ships for exactly this MODEL, if one is given, as the demo's does. A file with a guidance redirector must be
     of the MODEL's family.
     """
-    encoder, family, base, name = encoder_of(clip), None, None, ""
+    return _find(encoder_of(clip), model, nearest)
+
+
+def _find(encoder: EncoderPrint, model: ModelPatcher | None, nearest: float = SAME) -> Found | None:
+    """As `find`, for a print: that of a CLIP with bypass LoRAs costs four prompts at every look, since core gives those no name."""
+    family, base, name = None, None, ""
     if model is not None:
         family, base, name = family_of_model(model), base_of_model(model), architecture_of(model)
     fits = []
@@ -140,51 +147,54 @@ def find_or_make(clip: CLIP | None, model: ModelPatcher | None = None, say: Call
     check_clip(clip)
     say = say or speaker("Protect")
     with _making:
-        beneath, why = _beneath(clip)
-        found = find(clip, model) or find(beneath, model, ROUNDED if is_quantised(clip) else SAME)
+        encoder = encoder_of(clip)
+        beneath, plain, why = _beneath(clip, encoder)
+        found = _find(encoder, model) or _find(plain, model, ROUNDED if is_quantised(clip) else SAME)
         if found is None:
             if beneath is clip and is_patched(clip):
                 logger.warning(
                     "SafeCFG: this CLIP's LoRAs or merges make another encoder of it, which gets an HGR of its own at every strength. Give "
                     "SafeCFG Protect the CLIP from before them to share one."
                 )
-            elif (related := find(beneath, model, RELATED)) is not None:
+            elif (related := _find(plain, model, RELATED)) is not None:
                 logger.warning("SafeCFG: %s Making one now.", related.in_words())
-            if known := _in_index(clip, model):
+            if known := _in_index(encoder, model):
                 logger.warning("SafeCFG: %s Put it there to have it taken; one is made meanwhile.", known)
             path = str(make(beneath, say, model))
-            found = Found(path, 0.0, (), encoder_of(beneath))
+            found = Found(path, 0.0, (), plain)
         else:
-            forget_begun(beneath)
-    if words := found.seen_by(encoder_of(clip)).in_words(why):
+            forget_begun(plain)
+    if words := found.seen_by(encoder).in_words(why):
         logger.warning("SafeCFG: %s", words)
         say(words)
     return load_hgr_model(found.path)
 
 
-def _beneath(clip: CLIP) -> tuple[CLIP, str]:
-    """The CLIP whose HGR one takes: itself, or without its LoRAs if that is RELATED; and what makes the two differ, in words."""
+def _beneath(clip: CLIP, encoder: EncoderPrint) -> tuple[CLIP, EncoderPrint, str]:
+    """The CLIP whose HGR one of print `encoder` takes, and its print: itself, or without its LoRAs if that is RELATED; and what makes the
+    two differ, in words."""
     if is_patched(clip):
         plain = unpatched(clip)
-        if distance_between(encoder_of(clip), encoder_of(plain)) < RELATED:
-            return plain, "it is the one without this CLIP's LoRAs or merges, which all their strengths share"
-    return clip, "it is rounded to a byte a weight or less, or one of the two is fine-tuned"
+        made_with = encoder_of(plain)
+        if distance_between(encoder, made_with) < RELATED:
+            return plain, made_with, "it is the one without this CLIP's LoRAs or merges, which all their strengths share"
+    return clip, encoder, "it is rounded to a byte a weight or less, or one of the two is fine-tuned"
 
 
-def name_of(clip: CLIP) -> str:
-    """What the HGR of a CLIP's encoder is called."""
-    return f"encoder-{encoder_of(clip).name}"
+def name_of(encoder: EncoderPrint) -> str:
+    """What the HGR of a text encoder is called."""
+    return f"encoder-{encoder.name}"
 
 
-def forget_begun(clip: CLIP) -> None:
+def forget_begun(encoder: EncoderPrint) -> None:
     """Removes what was begun for an encoder that has its HGR by now: a server may be killed between saving that and tidying up."""
-    shutil.rmtree(recording_folder(f"{name_of(clip)}-{PRESET}"), ignore_errors=True)
+    shutil.rmtree(recording_folder(f"{name_of(encoder)}-{PRESET}"), ignore_errors=True)
 
 
-def _in_index(clip: CLIP, model: ModelPatcher | None) -> str:
+def _in_index(encoder: EncoderPrint, model: ModelPatcher | None) -> str:
     """What models/hgr's index knows for an encoder and a MODEL, in words."""
     names = ("", "") if model is None else (architecture_of(model), base_of_model(model))
-    return known_hgrs.in_words(lambda info: False, *names, encoder_of(clip))
+    return known_hgrs.in_words(lambda info: False, *names, encoder)
 
 
 def make(clip: CLIP, say: Callable[[str], None], model: ModelPatcher | None = None) -> Path:
@@ -192,7 +202,8 @@ def make(clip: CLIP, say: Callable[[str], None], model: ModelPatcher | None = No
 
     With a MODEL the file says, too, how well that one draws what corrected prompts say.
     """
-    name = name_of(clip)
+    encoder = encoder_of(clip)
+    name = name_of(encoder)
     plan = train_plan(f"{name}-{PRESET}", PROMPTS, {**RUNS, "preset": PRESET})
     say("no HGR of this text encoder yet: making one, once")
     path = folder_to_keep() / f"{name}.safetensors"  # before minutes are spent
@@ -213,7 +224,7 @@ def make(clip: CLIP, say: Callable[[str], None], model: ModelPatcher | None = No
         hgr.info.training["forward_check"] = ratio
         say(forward_check.in_words(ratio))
     hgr_models.save_hgr(path, hgr.cpu())
-    forget_begun(clip)  # gigabytes, which nobody asked for by name
+    forget_begun(encoder)  # gigabytes, which nobody asked for by name
     cards.refresh(path)
     say(f"made {path}")
     return path

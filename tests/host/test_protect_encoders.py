@@ -98,6 +98,19 @@ def test_a_lora_beside_the_weights_counts(demo):
     assert distance_between(encoder_of(lent), base) > SAME and encoder_of(unpatched(lent)) == base == encoder_of(clip)
 
 
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this host has no such LoRAs")
+def test_a_lora_beside_the_weights_is_read_once_per_run(demo, folders, monkeypatch):
+    model, clip = demo
+    protected(model, clip)
+    lent = clip.clone()
+    nothing = comfy.model_patcher.PatcherInjection(inject=lambda _: None, eject=lambda _: None)
+    lent.patcher.set_injections("bypass_lora", [nothing])
+    made, print_of = [], encoder_print.print_of
+    monkeypatch.setattr(encoder_print, "print_of", lambda *args: made.append(1) or print_of(*args))
+    protected(model, lent)
+    assert len(made) == 1 and len(files(folders)) == 1
+
+
 def test_rounded_encoders_are_known_also_where_core_widened_them(demo, folders, monkeypatch, caplog):
     model, clip = demo
     plain, rounded = demo_clip(), demo_clip()

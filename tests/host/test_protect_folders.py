@@ -48,6 +48,11 @@ def test_a_damaged_file_is_left_out(demo, folders, caplog):
     assert library.find(demo[1], demo[0]) is None and "broken" in caplog.text
 
 
+def test_a_file_that_is_gone_since_it_was_listed_is_left_out(folders, monkeypatch):
+    monkeypatch.setattr(library.known_hgrs, "names", lambda: ["gone.safetensors"])
+    assert library.candidates() == []
+
+
 def test_a_full_disk_is_said_before_minutes_are_spent_and_another_folder_is_taken(demo, folders, monkeypatch):
     usage = plan.shutil.disk_usage
     full = lambda path: usage(path)._replace(free=2**20) if Path(path).name == "hgr" else usage(path)  # noqa: E731
