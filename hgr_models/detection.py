@@ -13,12 +13,12 @@ benchmark measures.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import HGRError
+from .hgr import HGRInfo, Redirectors
 from .redirection import RMS_FLOOR, read_guidance
 
 # Parts of the sampling schedule: Stable Diffusion's sigma is 1.9 and 0.4 there. A third level was worth 0.01 of AUROC in the demo
@@ -137,12 +137,12 @@ def _read(network: nn.Module, seen: Seen) -> Iterator[tuple[str, Tensor, Tensor]
 
 
 @torch.no_grad()
-def prompt_scores(hgr: nn.Module, tokens: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def prompt_scores(hgr: Redirectors, tokens: Tensor, pooled: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Harmfulness (B, K) float32 in [0, 1] of prompts: tokens (B, T, D), pooled (B, P), mask (B, T), on the HGR's device."""
     return hgr.condition.harmfulness(tokens, pooled, mask)
 
 
-def picture_thresholds(info: Any, file: str = "this HGR") -> tuple[float, ...]:
+def picture_thresholds(info: HGRInfo, file: str = "this HGR") -> tuple[float, ...]:
     """The thresholds (K,) for `detect`; HGRError when the checkpoint was never calibrated for pictures."""
     if not info.picture_thresholds:
         raise HGRError(
@@ -152,7 +152,7 @@ def picture_thresholds(info: Any, file: str = "this HGR") -> tuple[float, ...]:
     return info.picture_thresholds
 
 
-def run_excess(prompt: Tensor, steps: Tensor, sigmas: Tensor, hgr: Any) -> Tensor:
+def run_excess(prompt: Tensor, steps: Tensor, sigmas: Tensor, hgr: Redirectors) -> Tensor:
     """How far a run exceeds its thresholds (B, K), in log odds; above 0 it is redirected.
 
     prompt (B, K): harmfulness of the prompt. steps (S, B, K): that of the direction at each step, sigmas (S,).

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import category_list
 from .errors import HGRError
+from .guidance import Reading
 from .shapes import per_row
 
 RMS_FLOOR = 1e-6  # of the guidance; below it there is nothing to redirect
@@ -87,9 +88,20 @@ def category_weights(harmfulness: Tensor, thresholds: Tensor, settings: Category
     return torch.where(harmfulness <= limit, 0.0, _strengths(settings, harmfulness.device))
 
 
+class Networks(Protocol):
+    """What redirects: `hgr.Redirectors`, which imports this module. Either network may be None."""
+
+    info: Any
+    condition: Any
+    guidance: Any
+    condition_thresholds: Tensor  # (K,)
+
+    def guidance_thresholds_of(self, log_snr: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
 def redirect_condition(
-    hgr: nn.Module, tokens: Tensor, pooled: Tensor | None, settings: CategorySettings, mask: Tensor | None = None
+    hgr: Networks, tokens: Tensor, pooled: Tensor | None, settings: CategorySettings, mask: Tensor | None = None
 ) -> ConditionResult:
     """tokens_safe = where(any_k w_k > 0, tokens + D, tokens), per sample; pooled likewise.
 
@@ -120,21 +132,21 @@ def log_snr_of(sigma: Tensor) -> Tensor:
 
 def read_guidance(
     network: nn.Module, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor, Any]:
+) -> tuple[Tensor, Tensor, Reading]:
     """The direction g / n, its rms n and the network's reading of it."""
     return _read(network, cond_denoised, uncond_denoised, x_in, log_snr_of(sigma))
 
 
 def _read(
     network: nn.Module, cond_denoised: Tensor, uncond_denoised: Tensor, x_in: Tensor, log_snr: Tensor
-) -> tuple[Tensor, Tensor, Any]:
+) -> tuple[Tensor, Tensor, Reading]:
     direction, n = guidance_units(cond_denoised, uncond_denoised)
     return direction, n, network.read(direction, x_in.float(), uncond_denoised.float(), log_snr, n.log())
 
 
 @torch.no_grad()
 def redirect_guidance(
-    hgr: nn.Module,
+    hgr: Networks,
     cond_denoised: Tensor,
     uncond_denoised: Tensor,
     x_in: Tensor,

@@ -40,7 +40,7 @@ def extra_nodes() -> list[type[io.ComfyNode]]:
     return [] if enforcement() is None else [Enforced, Refused, EnforcedLatent, EnforcedPicture]
 
 
-def handle(request: dict) -> Any:
+def handle(request: dict) -> dict:
     """Prompt handler: the request with a prompt in which every MODEL goes through SafeCFG, or with one that cannot run."""
     try:
         server = current_server()

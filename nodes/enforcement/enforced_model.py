@@ -80,7 +80,7 @@ def enforced(
     return type(value)(*children) if hasattr(value, "_fields") else tuple(children)
 
 
-def enforced_model(model: ModelPatcher, hgr: HGRModel, terms: Terms = Terms()) -> Any:
+def enforced_model(model: ModelPatcher, hgr: HGRModel, terms: Terms = Terms()) -> ModelPatcher:
     """A clone of a MODEL with SafeCFG and a watch on its guiders; what SafeCFG Apply did to it before is taken out."""
     _notice_other_base(model, hgr)
     model = model.clone()
@@ -95,7 +95,7 @@ def enforced_model(model: ModelPatcher, hgr: HGRModel, terms: Terms = Terms()) -
     return model
 
 
-def bare_model(model: ModelPatcher) -> Any:
+def bare_model(model: ModelPatcher) -> ModelPatcher:
     """A clone of a MODEL to judge pictures with: without SafeCFG, this watch, LoRAs, hooks and patches of any node."""
     unpatched = without_safecfg(model, (KEY,))
     _remove_watch(unpatched)
@@ -204,7 +204,7 @@ def make_outer_sample(settings: ApplySettings, terms: Terms) -> Callable:
 
     def outer_sample(
         executor: WrapperExecutor, noise: Tensor, latent_image: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs
-    ) -> Any:
+    ) -> Tensor:
         guider, options = executor.class_obj, executor.class_obj.model_options
         check_vetted(guider, sampler, terms.allowed)
         negative_side.place(options, negative_side.make_hooks(settings))
@@ -228,7 +228,7 @@ def rises(sigmas: torch.Tensor) -> bool:
     return bool((levels.diff() > ROUNDING * levels[:-1].clamp(min=ROUNDING)).any()) if len(levels) > 1 else False
 
 
-def predict_noise(executor: WrapperExecutor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Any:
+def predict_noise(executor: WrapperExecutor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
     """PREDICT_NOISE wrapper: an evaluation that draws the negative prompt, which SafeCFG leaves alone, stops the run."""
     guider = executor.class_obj
     check_cfg(guider)

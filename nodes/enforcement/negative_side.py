@@ -12,7 +12,6 @@ no other node has a hook: plain CFG keeps the rule by itself.
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import comfy.utils
 import torch
@@ -58,7 +57,7 @@ class RunState:
 def make_hooks(settings: ApplySettings) -> dict:
     """Our hooks by list: (behind SafeCFG's own, last in the list)."""
 
-    def watch(args: dict) -> Any:
+    def watch(args: dict) -> list[Tensor]:
         outputs, conds = args["conds_out"], args["conds"]
         if (state := args["model_options"].get(STATE)) is not None:
             base = 2 if len(outputs) == 3 else 1
@@ -67,7 +66,7 @@ def make_hooks(settings: ApplySettings) -> dict:
             state.seen = Seen(args["input"], outputs[0], outputs[base] if there else None, negative)
         return outputs
 
-    def watch_late(args: dict) -> Any:
+    def watch_late(args: dict) -> Tensor:
         state = args["model_options"].get(STATE)
         if state is not None and (state.seen is None or state.seen.x is not args["input"]):  # a guider that skips pre_cfg
             there = is_active(args.get("uncond"), args["sigma"])
@@ -77,7 +76,7 @@ def make_hooks(settings: ApplySettings) -> dict:
             )
         return args["denoised"]
 
-    def settle(args: dict) -> Any:
+    def settle(args: dict) -> Tensor:
         state = args["model_options"].get(STATE)
         if state is None or (seen := state.seen) is None or seen.x is not args["input"]:
             return args["denoised"]

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import comfy.sd
 import comfy.utils
@@ -34,7 +33,7 @@ class Arm:
     """
 
     name: str
-    make: Callable[[str], object]
+    make: Callable[[str], ModelPatcher]
     about: str = ""
     negative: str = ""
     by_prompt: bool = False
@@ -96,7 +95,7 @@ def _lora(file: str, model: ModelPatcher) -> Arm:
     if path is None:
         raise hgr_models.HGRError(f"There is no LoRA {file!r} in models/loras. SafeCFG Fine-tune Safe LoRA makes one.")
 
-    def make(prompt: str) -> Any:
+    def make(prompt: str) -> ModelPatcher:
         weights = comfy.utils.load_torch_file(path, safe_load=True)
         return comfy.sd.load_lora_for_models(without_safecfg(model), None, weights, 1.0, 0.0)[0]
 
@@ -126,7 +125,7 @@ def _guided(method: str, preset: str | None, model: ModelPatcher, clip: CLIP, hg
     words = hgr if hgr is not None and any(text.strip() for text in hgr.info.concept_prompts.values()) else None
     by_prompt = method == "SAFREE"
 
-    def make(text: str) -> Any:
+    def make(text: str) -> ModelPatcher:
         own = {"prompt": text} if by_prompt else {}
         return ConceptGuidance.execute(without_safecfg(model), clip, hgr=words, **{**values, **own}).result[0]
 

@@ -9,9 +9,13 @@ from typing import Any
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...hgr_models import HGRError
+from ..loader import HGRModel
 
 FOLDER = "safety_judges"
 AUTO = "auto"
@@ -66,11 +70,11 @@ class Judge:
 class Context:
     """What a judge may need of the evaluation: sockets of the node. `is_demo`: the model draws the demo world."""
 
-    model: Any = None
-    clip: Any = None
-    vae: Any = None
-    hgr: Any = None
-    clip_vision: Any = None
+    model: ModelPatcher | None = None
+    clip: CLIP | None = None
+    vae: VAE | None = None
+    hgr: HGRModel | None = None
+    clip_vision: ClipVisionModel | None = None
     is_demo: bool = False
     folders: list[Path] = field(default_factory=list)
 

@@ -1,11 +1,9 @@
 """Judges that the pack has by itself: the demo world's, and the HGR's own reading of pictures."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...demo import world
 from ...demo.files import WEIGHTS
@@ -20,7 +18,7 @@ from .judges import Context, Entry, Judge
 DEMO_SIDE = 128  # pixels of the pictures that the demo's judge knows
 
 
-def loaded(patcher: ModelPatcher) -> Any:
+def loaded(patcher: ModelPatcher) -> nn.Module:
     """The module of a patcher, on the device where core computes."""
     import comfy.model_management
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...hgr_models import HGRError
@@ -57,7 +58,7 @@ class Session:
     folder: Path
     store: Store
     say: Callable[[str], None]
-    score_clip: Any = None
+    score_clip: CLIP | None = None
     tower: tuple | None = None  # of `features.text_tower`
     inception: Embed | None = None  # features for FID, where this machine has them
     models: dict = field(default_factory=dict)  # the model of the arm that is drawn
@@ -152,7 +153,7 @@ class Session:
         keeping.keep(self.folder, picture, record, each.kind, self.keep, harmful)
         return record
 
-    def _model(self, arm: Arm, text: str) -> Any:
+    def _model(self, arm: Arm, text: str) -> ModelPatcher:
         """The model of an arm; one at a time, for arms differ in their weights."""
         key = (arm.name, text if arm.by_prompt else "")
         if key not in self.models:

@@ -24,7 +24,7 @@ EXTENT = frozenset(
 )
 
 
-def encode_prompt(clip: CLIP, prompt: str) -> list:
+def encode_prompt(clip: CLIP | None, prompt: str) -> list:
     """[tokens, extras] of a prompt. Raises HGRError without a CLIP, or where it gives one prompt several encodings."""
     if clip is None:
         raise hgr_models.HGRError("Expected a CLIP, but this checkpoint has none. Connect the CLIP that belongs to the model.")

@@ -56,6 +56,6 @@ class EmbeddedClip:
         return [condition.pop(TOKENS), condition]
 
 
-def clip_for(model: ModelPatcher, clip: CLIP | None) -> Any:
+def clip_for(model: ModelPatcher, clip: CLIP | None) -> CLIP | EmbeddedClip | None:
     """The CLIP to learn a MODEL's prompts with."""
     return EmbeddedClip(model, clip) if clip is not None and embeds_ids(model) else clip

@@ -3,7 +3,6 @@
 import math
 import uuid
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -98,7 +97,7 @@ def _is_rounded(weight: torch.Tensor) -> bool:
     return on_grid and len(some.unique()) > DISTINCT
 
 
-def _encoded(clip: CLIP, text: str) -> Any:
+def _encoded(clip: CLIP, text: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     rows = text_of(encode_batch(clip, [text]), torch.zeros(1, 1))
     return rows.tokens, rows.pooled, rows.mask
 

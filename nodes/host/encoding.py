@@ -189,7 +189,7 @@ def vary(columns: list[list[str]], fillers: tuple[str, ...], rng: random.Random)
     return [[before + text + after for text, (before, after) in zip(column, frames, strict=True)] for column in columns]
 
 
-def some_layer(clip: CLIP, rng: random.Random) -> Any:
+def some_layer(clip: CLIP, rng: random.Random) -> CLIP:
     """The CLIP, in a part of the batches as core's CLIP Set Last Layer gives it; as it is where an encoder is none of CLIP's."""
     if rng.random() >= SKIPPED:
         return clip

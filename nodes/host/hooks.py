@@ -1,7 +1,6 @@
 """What SafeCFG's parts share of ComfyUI's hooks: keys, roles, and putting hooks in and taking them out."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import comfy.model_management
 import numpy as np
@@ -16,7 +15,7 @@ LENT = f"{KEY}_negative"  # a role of our own: the negative that the node lends 
 NEGATIVE_ROLES = ("negative", "empty_negative_prompt", LENT)  # every other role of a guider's conditions is a prompt to draw
 
 
-def without_safecfg(model: ModelPatcher, also: Iterable[str] = ()) -> Any:
+def without_safecfg(model: ModelPatcher, also: Iterable[str] = ()) -> ModelPatcher:
     """A clone of a MODEL without SafeCFG Apply, and without wrappers of the keys in `also`."""
     model = model.clone()
     model.remove_additional_models(KEY)
