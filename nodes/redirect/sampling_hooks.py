@@ -1,7 +1,7 @@
 """Wrappers around a whole sampling run: repair, strictness, the condition redirector, and a clean end."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -188,7 +188,7 @@ def _redirect_prompts(run: Run, patcher: ModelPatcher, conds: dict[str, list[dic
 
 
 def prepare_sampling(
-    executor: WrapperExecutor, model: ModelPatcher, noise_shape: list[int], conds: dict[str, list[dict]], *args, **kwargs
+    executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict[str, list[dict]], *args, **kwargs
 ) -> tuple[BaseModel, dict[str, list[dict]], list[ModelPatcher]]:
     """PREPARE_SAMPLING wrapper: rewrites the run's conditions as soon as the HGR is loaded with the model."""
     real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)

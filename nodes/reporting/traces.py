@@ -126,7 +126,7 @@ class ImageTrace:
     def _named(self, values: np.ndarray) -> dict[str, float | None]:
         return {name: number(value) for name, value in zip(self.categories, values, strict=True)}
 
-    def _highest(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+    def _highest(self, rows: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         values = np.asarray(rows, dtype=np.float32)
         return values.max(axis=0) if len(rows) else np.zeros(len(self.categories), np.float32)
 
