@@ -1,6 +1,7 @@
 """What the registry, the Manager, ComfyUI and other systems ask of the repository."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -108,6 +109,20 @@ def test_help_pages_show_the_node():
         shown |= {docs / name for name in found}
     assert shown == set((docs / "images").iterdir())
     assert all(picture.stat().st_size < 60_000 and Image.open(picture).format == "JPEG" for picture in shown)
+
+
+def test_help_pages_name_inputs_as_the_node_shows_them():
+    """Ids and names differ where a name says more: a reader looks for what is on the node. Every input has its place in a table."""
+    shown = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))  # what the schemas say
+    for page in (ROOT / "web" / "docs").glob("*.md"):
+        if page.stem.startswith(("SafeCFG_Enforced", "SafeCFG_Refused")):
+            continue  # nodes that no one sees
+        inputs = shown[page.stem].get("inputs", {})
+        names = {entry["name"] for entry in inputs.values()}
+        cells = re.findall(r"^\|([^|]+)\|", page.read_text(encoding="utf-8"), re.MULTILINE)
+        told = set(re.findall(r"\w+", " ".join(cells)))
+        assert not (told & inputs.keys()) - names, f"{page.name} names what no node shows"
+        assert not names - told, f"{page.name} leaves inputs out"
 
 
 def test_the_release_runs_no_other_program_and_no_text(release):

@@ -92,7 +92,7 @@ def end_inputs(what: str) -> list:
 def latent_input() -> io.Input:
     return make_input(
         io.Latent, "latent", optional=True,
-        tooltip="An empty latent whose shape is sampled instead of `sizes`: for video models and others whose latents sizes cannot say.",
+        tooltip="An empty latent whose shape is sampled instead of `picture_sizes`: for video models and others whose latents sizes cannot say.",
     )  # fmt: skip
 
 
