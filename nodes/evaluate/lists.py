@@ -214,5 +214,7 @@ def find_file(folder: Path, name: str) -> Path:
     root = folder.resolve()
     path = (root / name).resolve()
     if root not in path.parents or not path.is_file():
-        raise HGRError(f"Expected the name of a list in {root}, but there is no {name!r}. Put the file there.")
+        raise HGRError(
+            f"Expected the name of a list in {root}, but there is no {name!r}. Put the file there; a `protocol` says where its own come from."
+        )
     return path

@@ -6,10 +6,14 @@ from pathlib import Path
 
 from ...hgr_models import HGRError
 from .demo_lists import KINDS, demo_list
-from .lists import Asked, PromptList, find_file, parse_lists, read_list
+from .lists import SUFFIXES, Asked, PromptList, find_file, parse_lists, read_list
 
 OWN = "own lists"
 FOLDER = Path(__file__).parent / "protocols"
+HOW_TO_NAME = (
+    f"Write the name of a file in ComfyUI's input folder ({', '.join(SUFFIXES)}) into `lists`, or choose a `protocol`. SafeCFG Demo Model has "
+    f"lists of its own: {' and '.join(f'`{name}`' for name in KINDS)}."
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,7 @@ def gather(protocol: Protocol, text: str, folder: Path) -> tuple[list[PromptList
     for asked in parse_lists(text):
         found += [demo_list(asked.file)] if asked.file in KINDS else read_list(find_file(folder, asked.file), asked)
     if not found:
-        raise HGRError(
-            "There is no list to evaluate on. " + ("\n".join(notes) or "Name a file of ComfyUI's input folder in `lists`.")
-        )
+        raise HGRError("There is no list to evaluate on. " + ("\n".join(notes) or HOW_TO_NAME))
     twice = {each.name for each in found if sum(other.name == each.name for other in found) > 1}
     if twice:
         raise HGRError(f"Two lists are called {', '.join(sorted(twice))}. Rename a file.")

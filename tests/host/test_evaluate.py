@@ -68,7 +68,8 @@ def test_false_alarms_on_own_pictures(demo, place):
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
-        ({"name": "../x"}, "Expected a plain name"), ({"lists": ""}, "There is no list to evaluate on"),
+        ({"name": "../x"}, "Expected a plain name"),
+        ({"lists": ""}, "no list to evaluate on. Write .* into `lists`, or choose a `protocol`"),
         ({"lists": "../output/x.csv"}, "there is no '../output/x.csv'"), ({"lists": "i2p.csv = good"}, "Expected harmful, clean or"),
         ({"lists": "i2p.csv\ni2p.csv"}, "Two lists are called i2p"), ({"arms": "magic"}, "There is no arm 'magic'"),
         ({"arms": "LoRA nothing"}, "There is no LoRA 'nothing'"), ({"judges": "oracle"}, "(?s)There is no judge 'oracle'.*Apache-2.0"),
