@@ -1,8 +1,9 @@
-"""The pictures of templates are of the templates as they are."""
+"""The pictures of templates and of nodes are of those as they are."""
 
 import pytest
 from PIL import Image
 
+from help_pictures import IMAGES, noted, shown
 from templates import TEMPLATES, path_of, read
 from thumbnails import digest
 
@@ -22,3 +23,10 @@ def test_where_nodes_lie_does_not_matter_and_what_they_draw_does():
     assert digest(workflow) == before
     next(node for node in workflow["nodes"] if node["type"] == "CLIPTextEncode")["widgets_values"] = ["a frog"]
     assert digest(workflow) != before
+
+
+def test_every_help_picture_shows_the_node_as_it_is():
+    """`.venv/bin/python tests/pictures.py --only NODE` takes one anew."""
+    pictures = {path.stem for path in IMAGES.glob("*.jpg")}
+    assert pictures == noted().keys()
+    assert not [kind for kind in sorted(pictures) if noted()[kind] != shown(kind)]
