@@ -44,25 +44,33 @@ class Line:
 
 
 def draw(
-    history: list[dict], categories: tuple[str, ...], name: str, notes: Sequence[str], phases: Sequence[str] = ()
+    history: list[dict],
+    categories: tuple[str, ...],
+    name: str,
+    notes: Sequence[str],
+    phases: Sequence[str] = (),
+    planned: Sequence[str] = tuple(PARTS),
 ) -> Image.Image:
     """The curves of a history of step reports, empty plots before a part begins; below them what the numbers mean, whether what
-    was trained works, the `phases` with their times, and notes.
+    was trained works, the `phases` with their times, and notes. `planned`: which of PARTS are trained; one alone takes both columns.
     """
     width = 2 * (LEFT + WIDTH + 2 * MARGIN)
     names = _rows_of(categories, width - 2 * MARGIN)
     texts = [*((text, FAINT) for text in MEANINGS), *((text, INK) for text in (*phases, *verdicts(history), *notes))]
-    canvas = Image.new("RGB", (width, 3 * BLOCK + (len(names) + len(texts) + 3) * ROW), PAPER)
+    shown = _shown(history, planned)
+    rows = 3 if len(shown) > 1 else 2
+    canvas = Image.new("RGB", (width, rows * BLOCK + (len(names) + len(texts) + 3) * ROW), PAPER)
     pen = ImageDraw.Draw(canvas)
-    pen.text((MARGIN, MARGIN), f"SafeCFG Train HGR: {name}", INK, font(18))
-    for column, part in enumerate(_shown(history)):
+    pen.text((MARGIN, MARGIN), f"Training of {name}", INK, font(18))
+    for column, part in enumerate(shown):
         entries = [entry for entry in history if entry["part"] == part]
-        left = MARGIN + LEFT + column * (LEFT + WIDTH + 2 * MARGIN)
         last = f"step {entries[-1]['step']}" if entries else "not begun"
-        for row, (title, lines) in enumerate(_plots(entries, categories)):
+        for i, (title, lines) in enumerate(_plots(entries, categories)):
+            row, at = (i, column) if len(shown) > 1 else divmod(i, COLUMNS)
+            place = MARGIN + LEFT + at * (LEFT + WIDTH + 2 * MARGIN), 4 * ROW + row * BLOCK
             legend = title != "accuracy"  # the categories' is below all
-            plot(pen, (left, 4 * ROW + row * BLOCK), f"{PARTS[part]}: {title} ({last})", lines, legend)
-    top = 3 * BLOCK + 2 * ROW
+            plot(pen, place, f"{PARTS[part]}: {title} ({last})", lines, legend)
+    top = rows * BLOCK + 2 * ROW
     for named in names:
         for x, text, colour in named:
             pen.text((MARGIN + x, top), text, colour, font(14))
@@ -104,10 +112,10 @@ def verdicts(history: list[dict]) -> list[str]:
     return lines
 
 
-def _shown(history: list[dict]) -> list[str]:
-    """The last parts that have begun, and then those that may come: as many as there are columns."""
+def _shown(history: list[dict], planned: Sequence[str]) -> list[str]:
+    """The last parts that have begun, and then those that will come: at most as many as there are columns."""
     begun = [part for part in PARTS if any(entry["part"] == part for entry in history)]
-    return [*begun[-COLUMNS:], *(part for part in ("condition", "guidance") if part not in begun)][:COLUMNS]
+    return [*begun[-COLUMNS:], *(part for part in PARTS if part in planned and part not in begun)][:COLUMNS]
 
 
 def _plots(entries: list[dict], categories: tuple[str, ...]) -> list[tuple[str, list[Line]]]:

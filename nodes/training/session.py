@@ -168,7 +168,11 @@ class Session:
 
     def draw(self) -> Image.Image:
         """The curves so far."""
-        return curves.draw(self.history, tuple(self.facts["categories"]), self.plan.name, self.notes, self.progress.lines())
+        plan, categories = self.plan, tuple(self.facts["categories"])
+        wanted = {PROMPTS: plan.by_text, CONDITION: plan.by_denoiser, GUIDANCE: plan.by_guidance}
+        return curves.draw(
+            self.history, categories, plan.name, self.notes, self.progress.lines(), [part for part in wanted if wanted[part]]
+        )
 
     def save(self) -> None:
         """Stores the state; nothing before the first training has begun."""

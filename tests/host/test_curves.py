@@ -73,3 +73,16 @@ def test_the_picture_grows_with_what_it_says():
     history = [entry("prompts", i, 0.5) for i in range(3)]
     short, long = (curves.draw(history, NINE, "x", notes, phases) for notes, phases in (([], []), (["a note"], ["a phase"] * 4)))
     assert long.height == short.height + 5 * curves.ROW and long.width == short.width
+
+
+def test_it_draws_what_is_trained_and_no_more():
+    """SafeCFG Protect trains from prompts alone: no empty plots of networks that never begin."""
+    assert curves._shown([], ["prompts"]) == ["prompts"]
+    assert curves._shown([], ["prompts", "guidance"]) == ["prompts", "guidance"]
+    assert curves._shown([entry("prompts", 1, 0.5)], ["prompts", "condition", "guidance"]) == ["prompts", "condition"]
+    begun = [entry(part, 1, 0.5) for part in curves.PARTS]
+    assert curves._shown(begun, list(curves.PARTS)) == ["condition", "guidance"]
+    one, two = (
+        curves.draw([entry("prompts", 1, 0.5)], NINE, "x", [], [], planned) for planned in (["prompts"], ["prompts", "guidance"])
+    )
+    assert one.height == two.height - curves.BLOCK and one.width == two.width
