@@ -17,6 +17,7 @@ NAMES = {  # of the parts, for users
     "calibration": "calibration", "check": "asking the model",
 }  # fmt: skip
 SHOW_EVERY, SAVE_EVERY = 3.0, 30.0  # seconds
+NEARLY_ALL = 0.9  # of the time left: a part that takes this is not told apart
 PREVIEW_SIZE = 1024
 
 logger = logging.getLogger(__name__)
@@ -74,5 +75,6 @@ class Progress:
             picture = ("JPEG", self.draw(), PREVIEW_SIZE)
             self.bar.update_absolute(round(UNITS * (1 - self.left / total)), UNITS, picture)
             of_part = self.parts.get(part, 0.0) * (1 - share)
-            here = f"{in_words(of_part)} of this, " if of_part >= 1 and in_words(of_part) != in_words(self.left) else ""
-            self.say(f"{message}, about {here}{in_words(self.left)} left{' in all' if here else ''}" if self.left else message)
+            here = f", {in_words(of_part)} of this" if 1 <= of_part < NEARLY_ALL * self.left else ""
+            # The time first: a node shows two lines or so.
+            self.say(f"about {in_words(self.left)} left{here}: {message}" if self.left else message)

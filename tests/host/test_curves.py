@@ -30,7 +30,7 @@ def test_every_part_has_its_own_time(bar):
     now[0] = 42.0
     bar.update("prompts", 0.5, "step 5 of 10")
     assert bar.lines()[:2] == ["encoding prompts: done, 12 s", "learning from prompts: 50 % in 30 s, about 50 s left"]
-    assert said == ["encoding prompts, about 5 min left", "step 5 of 10, about 50 s of this, 4 min left in all"]
+    assert said == ["about 5 min left: encoding prompts", "about 4 min left, 50 s of this: step 5 of 10"]
 
 
 def test_what_an_earlier_run_did_is_done(bar):

@@ -98,7 +98,7 @@ def test_what_is_done_has_no_time_left(monkeypatch):
     monkeypatch.setattr(bar.bar, "update_absolute", lambda *args: None)
     bar.update("a", 1.0, "a is done")
     bar.update("b", 1.0, "done")
-    assert said == ["a is done, about 3 s left", "done"]
+    assert said == ["about 3 s left: a is done", "done"]
 
 
 def test_no_room_for_the_state_keeps_the_old_one(tiny, monkeypatch):
