@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import KSamplerX0Inpaint
+from comfy.samplers import CFGGuider
 from comfy.sd import VAE
 from torch import Tensor
 
@@ -111,7 +111,7 @@ class Looking(comfy.samplers.Sampler):
 
     def sample(
         self,
-        model_wrap: KSamplerX0Inpaint,
+        model_wrap: CFGGuider,
         sigmas: Tensor,
         extra_args: dict,
         callback: Callable | None,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from .figures import ALL, PLAIN
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; a bar in a cell would end it."""
     cells = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]

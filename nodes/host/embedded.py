@@ -37,7 +37,7 @@ def embedded(model: ModelPatcher | None, condition: dict) -> dict:
 
 
 class EmbeddedClip:
-    """A CLIP whose prompts are what its MODEL makes of them."""
+    """A CLIP whose prompts are what its MODEL makes of them; it goes wherever a CLIP goes."""
 
     def __init__(self, model: ModelPatcher, clip: CLIP) -> None:
         self.model, self.clip = model, clip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import hgr_models
+from .families import LatentFacts
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Part:
         return torch.cat([rest[:, : self.start], part.flatten(1), rest[:, self.start :]], dim=-1)[:, None]
 
 
-def part_for(x: Tensor, shapes: Sequence[Sequence[int]], info: hgr_models.HGRInfo) -> Part | None:
+def part_for(x: Tensor, shapes: Sequence[Sequence[int]], info: hgr_models.HGRInfo | LatentFacts) -> Part | None:
     """Where a latent x holds what an HGR was made for; None: nowhere. `shapes` are those of the latents that core packed into x."""
     if info.of_prompts or _fits(x.shape, info):  # an HGR of prompts reads no latents
         return Part()
@@ -57,5 +58,5 @@ def part_for(x: Tensor, shapes: Sequence[Sequence[int]], info: hgr_models.HGRInf
     return None
 
 
-def _fits(shape: Sequence[int], info: hgr_models.HGRInfo) -> bool:
+def _fits(shape: Sequence[int], info: hgr_models.HGRInfo | LatentFacts) -> bool:
     return len(shape) == info.latent_dimensions + 2 and shape[1] == info.latent_channels

@@ -14,7 +14,7 @@ from ..host.hooks import KEY, put_hooks, remove
 from ..host.more_tokens import TOKENS
 from ..host.schema import make_schema
 from ..host.settings import ApplySettings
-from ..loader import HGRModel, check_there
+from ..loader import HGRModel, NoHGR, check_there
 from ..reporting import audit
 from .apply_inputs import apply_inputs
 from .runs import weight_patches
@@ -125,7 +125,7 @@ class Apply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, hgr: HGRModel, strength: float = 1.0, threshold_offset: float = 0.0, start_percent: float = 0.0,
+        cls, model: ModelPatcher, hgr: HGRModel | NoHGR, strength: float = 1.0, threshold_offset: float = 0.0, start_percent: float = 0.0,
         end_percent: float = 1.0, redirect: str = "both", categories: str = "", strict: bool = False, remember_flagged: bool = True,
         audit_log: str = audit.OFF, clip: CLIP | None = None, negative: list | None = None,
     ) -> io.NodeOutput:  # fmt: skip

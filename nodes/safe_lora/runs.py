@@ -14,7 +14,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import KSamplerX0Inpaint
+from comfy.samplers import CFGGuider
 from comfy.sd import CLIP
 from torch import Tensor
 
@@ -127,7 +127,7 @@ class Noising(comfy.samplers.Sampler):
 
     def sample(
         self,
-        model_wrap: KSamplerX0Inpaint,
+        model_wrap: CFGGuider,
         sigmas: Tensor,
         extra_args: dict,
         callback: Callable | None,

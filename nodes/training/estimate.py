@@ -25,6 +25,7 @@ from ...hgr_models.train_condition import READ_BATCH
 from ...hgr_models.train_guidance import POINTS
 from ...hgr_models.train_text import PAIR_TOKENS, TextObjective, random_texts
 from ...hgr_models.training import autocast
+from ..host.embedded import EmbeddedClip
 from ..host.encoding import encode_groups
 from .frozen_model import FrozenModel
 from .plan import TrainPlan, in_bytes, in_words
@@ -94,7 +95,7 @@ class Estimated(Protocol):
 
     plan: TrainPlan
     model: ModelPatcher | None
-    clip: CLIP | None
+    clip: CLIP | EmbeddedClip | None
     prompts: PromptSet | None
     folder: Path
     checking: float  # seconds of the model's checks

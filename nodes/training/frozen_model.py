@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -16,7 +16,6 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import hgr_models
-from ...hgr_models.recording import Points, Prompts
 from ..host.architecture import architecture_of
 from ..host.encoding import LENGTHS, WIDTH
 from ..host.families import POOLED, latents_of
@@ -122,6 +121,20 @@ def check_can_freeze(model: ModelPatcher) -> None:
         )
 
 
+class Latents(Protocol):
+    """What `predict` asks of points: noised latents x (B, C, *spatial) and their sigma (B,)."""
+
+    x: Tensor
+    sigma: Tensor
+
+
+class Masks(Protocol):
+    """What `predict` asks of prompts: mask (B, T) and lengths (B,), or None."""
+
+    mask: Tensor | None
+    lengths: Tensor | None
+
+
 class FrozenModel:
     """A MODEL, fully loaded, in which nothing learns; use it inside `loaded`."""
 
@@ -207,7 +220,7 @@ class FrozenModel:
             self.model.cleanup()
             self.inner = None
 
-    def predict(self, points: Points, prompts: Prompts, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+    def predict(self, points: Latents, prompts: Masks, tokens: Tensor, pooled: Tensor | None) -> Tensor:
         """x0 prediction (B, C, *spatial) float32 for recorded points with tokens (B, T, D); gradients reach tokens and pooled.
 
         `prompts` tells masks and lengths: the model never sees padding.

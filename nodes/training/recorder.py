@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -86,7 +86,12 @@ def clean_pairs(prompts: tuple[str, ...]) -> tuple[CleanPrompt, ...]:
 
 
 def plan_jobs(
-    settings: RunSettings, kind: str, pairs: tuple[PromptPair, ...], runs: int, follow: tuple[str, ...], looks: int = LOOKS
+    settings: RunSettings,
+    kind: str,
+    pairs: tuple[PromptPair | CleanPrompt, ...],
+    runs: int,
+    follow: tuple[str, ...],
+    looks: int = LOOKS,
 ) -> list[Job]:
     """The batches of `runs` runs: the same for the same seed, so that a recording can go on where it stopped.
 
@@ -159,7 +164,7 @@ class GroupedGuider(comfy.samplers.CFGGuider):
             )
         return part
 
-    def evaluate(self, roles: list[str], x: Tensor, timestep: Tensor, model_options: dict | None) -> list[Tensor]:
+    def evaluate(self, roles: Sequence[str], x: Tensor, timestep: Tensor, model_options: dict | None) -> list[Tensor]:
         """The x0 prediction (B, C, *spatial) of each role."""
         together = [role for role in roles if len(self.groups[role]) == 1]  # in one batch, as core samples
         found = dict(zip(together, self._calc(together, x, timestep, model_options), strict=True)) if together else {}
