@@ -29,6 +29,8 @@ STRETCH = {
     "SafeCFG_PromptBatch",
     "SafeCFG_Report",
     "SafeCFG_DetectHarm",
+    "SafeCFG_LoadHGR",  # says what it loaded
+    "SafeCFG_Protect",  # says how long it takes
 }
 NOTE = "MarkdownNote"
 METERS, MADE_CATEGORIES, DEMO_CATEGORIES = ("SafeCFG_Apply", "SafeCFG_Protect"), 7, 3  # a meter grows below these
