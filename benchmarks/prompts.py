@@ -82,9 +82,7 @@ class QuickTraining(ReadingTraining):
     """Steps without weights, chunks and mixed prompts."""
 
     def _texts(self, recording: Recording) -> list[Texts]:
-        return [
-            self.roughened(on_device(recording.draw_texts(h, READ_BATCH, self.generator), self.device)) for h in (False, True)
-        ]
+        return [self.roughened(texts) for texts in self._drawn(recording, READ_BATCH)]
 
 
 def train_reading(recording: Recording, steps: int, seed: int, quick: bool = False) -> hgr_models.HGR:

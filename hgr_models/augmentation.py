@@ -1,5 +1,7 @@
 """What users do to prompts, done to their tokens: weights, several chunks, Concat and Average (core's nodes)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,29 @@ def weighted(texts: Texts, share: float, generator: torch.Generator) -> Tensor:
     hit = ((place >= span[:, :1].floor()) & (place <= span[:, 1:])) | (draw(count, 1) < 0.5)
     hit = hit & present & (draw(count, 1) < share)
     return torch.where(hit[..., None], mean + (tokens - mean) * weight.to(tokens.dtype), tokens)
+
+
+def strayed(texts: Texts, clean: Texts, most: float, generator: torch.Generator) -> Texts:
+    """Prompts moved by up to `most` of the difference between two clean ones at the same place, others for each row.
+
+    Words that no pair has differ from known ones as clean prompts differ from each other, and that says nothing about harm.
+    Padding and masked tokens stay; pooled vectors move as their tokens do.
+    """
+    tokens, count = texts.tokens, len(texts)
+    length = min(tokens.shape[1], clean.tokens.shape[1])
+    one, other = (clean[torch.randint(len(clean), (count,), generator=generator).to(tokens.device)] for _ in range(2))
+    size = most * torch.rand(count, 1, generator=generator).to(tokens)
+    start = tokens[:, :length]
+    present = (start != 0) & (one.tokens[:, :length] != 0) & (other.tokens[:, :length] != 0)
+    for some in (texts, one, other):
+        if some.mask is not None:
+            present &= some.mask[:, :length, None] > 0
+    moved = start + size[..., None] * (one.tokens - other.tokens)[:, :length]
+    tokens = torch.cat([torch.where(present, moved, start), tokens[:, length:]], dim=1)
+    pooled = texts.pooled
+    if pooled is not None and one.pooled is not None and other.pooled is not None:
+        pooled = pooled + size.to(pooled) * (one.pooled - other.pooled)
+    return replace(texts, tokens=tokens, pooled=pooled)
 
 
 def chunked(clean: Texts, harmful: Texts, generator: torch.Generator) -> list[Texts]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import losses
-from .augmentation import MAX_CHUNKS, averaged, chunked, weighted
+from .augmentation import MAX_CHUNKS, averaged, chunked, strayed, weighted
 from .hgr import HGR
 from .recording import Points, Prompts
 from .shards import HARMFUL, Recording, Texts
@@ -21,6 +21,7 @@ READ_TOKENS = 64 * 4 * 77  # of a batch to read: fewer prompts where they are lo
 UNIT_TOKENS = 1024  # of every batch that the units are measured on
 WIDE = 1024  # from twice this token width on, a batch to read has fewer prompts
 WEIGHTED = 0.25  # the share with weights
+STRAYED = 1.0  # of the difference between two clean prompts, at most: what a prompt to read is moved by
 THINNED = 0.2  # of the channels of prompts to read
 START = -3.0  # log odds of every category before the first step: nearly all prompts show none of them
 RECOMPUTED = (
@@ -109,12 +110,17 @@ class ConditionTraining(Training):
     def _texts(self, recording: Recording) -> list[Texts]:
         """Clean and harmful prompts to read, as users write them: weighted, in chunks, joined and averaged; some disguised."""
         count = max(JOINED, READ_BATCH // max(1, self.network.config.token_width // WIDE))  # wide tokens take much memory
-        clean, harmful = (on_device(recording.draw_texts(h, count, self.generator), self.device) for h in (False, True))
-        clean, harmful = (replace(t, tokens=weighted(t, WEIGHTED, self.generator)) for t in map(bounded, (clean, harmful)))
+        clean, harmful = self._drawn(recording, count)
+        clean, harmful = (replace(t, tokens=weighted(t, WEIGHTED, self.generator)) for t in (clean, harmful))
         few = bounded(harmful[:JOINED], MAX_CHUNKS)
         parts = [clean, harmful, *chunked(clean, few, self.generator), *averaged(clean[: len(few)], few, self.generator)]
         del clean, harmful, few  # so that what is disguised already is not held twice
         return [self.roughened(parts.pop(0)) for _ in range(len(parts))]
+
+    def _drawn(self, recording: Recording, count: int) -> tuple[Texts, Texts]:
+        """Clean and harmful prompts to read, up to `count` of each, all of them strayed."""
+        clean, harmful = (bounded(on_device(recording.draw_texts(h, count, self.generator), self.device)) for h in (False, True))
+        return strayed(clean, clean, STRAYED, self.generator), strayed(harmful, clean, STRAYED, self.generator)
 
     def roughened(self, texts: Texts) -> Texts:
         """Prompts to read, some of them disguised and all without some of their channels: words that no pair has must be read, too."""

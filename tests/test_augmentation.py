@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hgr_models.augmentation import MAX_CHUNKS, averaged, chunked, weighted
+from hgr_models.augmentation import MAX_CHUNKS, averaged, chunked, strayed, weighted
 from hgr_models.shards import Texts
 
 
@@ -41,6 +41,29 @@ def test_nothing_is_weighted_without_a_share_and_under_a_mask():
     assert torch.equal(weighted(t, 0.0, generator()), t.tokens)
     out = weighted(t, 1.0, generator())
     assert torch.equal(out[:, -1], t.tokens[:, -1]) and not torch.equal(out[:, 1], t.tokens[:, 1])
+
+
+def test_prompts_stray_along_the_differences_of_clean_ones():
+    clean, harmful = texts(2), texts(300, harmful=True)
+    out = strayed(harmful, clean, 0.5, generator())
+    assert torch.equal(out.tokens, strayed(harmful, clean, 0.5, generator()).tokens) and torch.equal(out.harms, harmful.harms)
+    assert_close(out.tokens[:, 0], harmful.tokens[:, 0])  # what all prompts have in common
+    way = clean.tokens[0] - clean.tokens[1]
+    size = (out.tokens - harmful.tokens)[:, 1] @ way[1] / way[1].square().sum()
+    assert_close(out.tokens - harmful.tokens, size[:, None, None] * way)  # as a whole, by one size a row
+    assert_close(out.pooled - harmful.pooled, size[:, None] * (clean.pooled[0] - clean.pooled[1]), atol=1e-5, rtol=1e-4)
+    assert size.abs().max() <= 0.5 and size.min() < -0.4 and size.max() > 0.4
+    assert 0.35 < (size == 0).float().mean() < 0.65  # of two clean prompts the same one was drawn twice
+
+
+@pytest.mark.parametrize("length", [3, 9])
+def test_padding_and_masked_tokens_do_not_stray(length):
+    clean, harmful = texts(masked=True, length=length), texts(40, harmful=True, masked=True)
+    harmful.tokens[:, 2] = 0.0
+    out = strayed(harmful, clean, 1.0, generator()).tokens
+    beyond = [4, *range(length - 1, 5)]  # masked in the harmful prompts, or in the clean ones
+    assert torch.equal(out[:, beyond], harmful.tokens[:, beyond]) and torch.equal(out[:, 2], harmful.tokens[:, 2])
+    assert (out[:, 1] != harmful.tokens[:, 1]).any()
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -71,7 +71,7 @@ def trained(recording, folder, steps, stops=(), pooled=0):
 
 def test_it_learns_the_partner_and_tells_harm(tmp_path):
     rows = recording(tmp_path)
-    hgr, trainer = trained(rows, None, 120)
+    hgr, trainer = trained(rows, None, 300)
     training = trainer.trainings[PROMPTS]
     assert training.error_on(rows) < 0.3  # 0.9 without redirection
     info = calibrate(hgr, rows, 0.05, torch.device("cpu"))
@@ -79,7 +79,7 @@ def test_it_learns_the_partner_and_tells_harm(tmp_path):
     p = hgr.condition.harmfulness(pairs.tokens)
     assert ((p > 0.5).float() == pairs.harms).float().mean() > 0.95
     assert all(t < 0.5 for t in info.condition_thresholds)
-    assert trainer.history[-1]["step"] == 120 and trainer.history[-1]["part"] == PROMPTS
+    assert trainer.history[-1]["step"] == 300 and trainer.history[-1]["part"] == PROMPTS
 
 
 def test_the_reading_begins_at_harmless_and_never_sees_all_channels(tmp_path):
