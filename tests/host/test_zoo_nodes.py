@@ -121,5 +121,5 @@ def test_the_error_on_held_out_runs_falls(animal, monkeypatch):
     many = {**RUNS, "train": "condition", "condition_steps": 60, "harmful_runs": 12, "learning_rate": 3e-3, "run_steps": 4}
     train((model, Encoder(variant)), "falls", latent={"samples": latents(variant, 1, 0.0)}, **many)
     history = read_about(recording_folder("falls"))["history"]
-    held_out, loss = ([entry[name] for entry in history] for name in ("held_out", "loss"))
-    assert held_out[-1] < 0.8 * held_out[0] and loss[-1] < loss[0], (held_out, loss)
+    held_out = [entry["held_out"] for entry in history]
+    assert held_out[-1] < 0.8 * held_out[0], held_out  # the loss of a step is that of a few other points each time
