@@ -78,6 +78,8 @@ METER = """async (categories) => {
   await new Promise((resolve) => setTimeout(resolve, 400));
   return document.querySelectorAll(".safecfg-meter-lines").length;
 }"""
+# In Nodes 2.0 two pictures of curves lie one above the other.
+TRAINED = """() => app.graph._nodes.filter((each) => each.type === "SafeCFG_TrainHGR").forEach((each) => each.setSize([each.size[0], 806]))"""
 GROUPS = "() => app.graph._groups.map((group) => [group.title, ...group.pos, ...group.size])"
 CUT = """() => [...document.querySelectorAll(".comfy-markdown, .comfy-markdown-content, .widget-markdown")]
   .map((e) => [e.scrollHeight, e.clientHeight]).filter(([inner, outer]) => outer > 0 && inner > outer + 4)"""
@@ -144,6 +146,16 @@ def test_the_meter_has_its_place(page, name):
     demo = any(node["type"] == "SafeCFG_DemoModel" for node in read(name)["nodes"])
     assert page.evaluate(METER, CATEGORIES[:3] if demo else CATEGORIES)
     show(page, "1600x900")
+    check_places(page)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if "SafeCFG_TrainHGR" in {n["type"] for n in read(name)["nodes"]}])
+def test_the_curves_of_a_training_have_their_place(page, name):
+    """After a training the node shows them, and is as long as it was seen to be then."""
+    opened(page, name, "1600x900")
+    page.evaluate(TRAINED)
+    show(page, "1600x900")
+    assert max(box[3] - box[1] for _, kind, *box in page.evaluate(BOXES) if kind == "SafeCFG_TrainHGR") > 800
     check_places(page)
 
 
