@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 
 
@@ -33,3 +34,9 @@ def speaker() -> Callable[[str], None]:
     """A function that shows a line of text on the node that runs now, whenever it is called; nowhere where none runs."""
     context = get_executing_context()
     return lambda text: show_text(text, None if context is None else context.node_id)
+
+
+def show_result(text: str) -> ui.PreviewText:
+    """Writes a result on the node that runs now, and gives it for the node's output: no front end shows a PreviewText by itself."""
+    speaker()(text)
+    return ui.PreviewText(text)

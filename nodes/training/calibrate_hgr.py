@@ -3,11 +3,12 @@
 import json
 
 from comfy.sd import CLIP
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ... import hgr_models
 from ...hgr_models.calibration import calibrated, proof_in_words
 from ..host.schema import HGR_TYPE, MY_PROMPTS_TYPE, make_input, make_schema
+from ..host.server import show_result
 from ..loader import HGRModel, load_hgr_model
 from . import cards
 from .check_hgr import copy_of, save_path
@@ -66,4 +67,4 @@ class CalibrateHGR(io.ComfyNode):
             numbers["recalibrated"] = own.numbers(hgr.info)
             proof = proof_in_words(hgr.info.training["calibration"])[0]
             text += f"\nwith the new thresholds of {path}:\n{own.in_words(hgr.info)}\n{proof}"
-        return io.NodeOutput(hgr, text, json.dumps(numbers), ui=ui.PreviewText(text))
+        return io.NodeOutput(hgr, text, json.dumps(numbers), ui=show_result(text))

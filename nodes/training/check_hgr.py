@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ... import hgr_models
 from ...hgr_models.calibration import calibrated, calibrated_on_pictures
@@ -21,6 +21,7 @@ from ..host.encoding import encode_batch
 from ..host.families import check_family
 from ..host.hooks import without_safecfg
 from ..host.schema import HGR_TYPE, MY_PROMPTS_TYPE, PROMPTS_TYPE, defaults_of, make_input, make_schema
+from ..host.server import show_result
 from ..loader import FOLDER, HGRModel, check_name, load_hgr_model
 from . import cards, measure
 from .attack import Attacked, attack, spread_of
@@ -159,7 +160,7 @@ class CheckHGR(io.ComfyNode):
             hgr_models.save_hgr(path, network)
             cards.refresh(path, check=cards.of_model(numbers["recalibrated"], model))
             hgr = load_hgr_model(str(path))
-        return io.NodeOutput(hgr, text, json.dumps(numbers), ui=ui.PreviewText(text))
+        return io.NodeOutput(hgr, text, json.dumps(numbers), ui=show_result(text))
 
 
 def _sources() -> list:

@@ -2,10 +2,11 @@
 
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ...hgr_models.pairs import PromptSet
 from ..host.schema import PROMPTS_TYPE, defaults_of, make_input, make_schema
+from ..host.server import show_result
 from .inputs import count_inputs, latent_input, run_inputs, train_plan
 from .launch import open_session
 
@@ -43,4 +44,4 @@ class RecordGuidance(io.ComfyNode):
         session.prepare(record_only=True)
         recording = session.make_recording()
         counts = ", ".join(f"{recording.count(kind)} {kind}" for kind in recording.kinds())
-        return io.NodeOutput(name, ui=ui.PreviewText(f"recorded in {session.folder}: {counts} samples"))
+        return io.NodeOutput(name, ui=show_result(f"recorded in {session.folder}: {counts} samples"))

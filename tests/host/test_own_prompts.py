@@ -1,6 +1,7 @@
 """`SafeCFG My Prompts` and `SafeCFG Calibrate HGR`: prompts of real picture files, alarms on them, thresholds that fit."""
 
 import json
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safecfg.hgr_models import HGRError
 from safecfg.nodes.demo_world.demo_model import DemoModel
+from safecfg.nodes.host import server as host_server
 from safecfg.nodes.loader import LoadHGR, register_folder
 from safecfg.nodes.training.calibrate_hgr import CalibrateHGR
 from safecfg.nodes.training.own_prompts import PICTURES, TEXT, OwnPrompts, positive_of, prompts_of_picture
@@ -116,3 +118,13 @@ def test_alarms_on_own_prompts_and_thresholds_that_fit(demo, tmp_path, monkeypat
     assert new.info.guidance_thresholds == hgr.info.guidance_thresholds
     with pytest.raises(HGRError, match="exists. Choose another name"):
         CalibrateHGR.execute(clip, hgr, prompts, 0.1, "fitted")
+
+
+def test_the_report_is_shown_on_the_node(demo, monkeypatch):
+    sent = []
+    server = SimpleNamespace(send_progress_text=lambda *args: sent.append(args))
+    monkeypatch.setattr(host_server, "current_server", lambda: server)
+    monkeypatch.setattr(host_server, "get_executing_context", lambda: SimpleNamespace(node_id="7"))
+    with torch.inference_mode():
+        output = CalibrateHGR.execute(*demo, ("a frog and a car",) * 8, 0.1, "")
+    assert sent == [(output.result[1], "7")] and output.ui.as_dict() == {"text": (output.result[1],)}
