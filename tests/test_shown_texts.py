@@ -10,6 +10,12 @@ def test_texts_reach_the_front_end_in_one_place():
     assert users == [ROOT / "nodes" / "host" / "server.py"]
 
 
+def test_a_text_that_is_a_result_is_shown_on_its_node():
+    """No front end shows a PreviewText by itself: `show_result` does."""
+    users = [path for path in ROOT.glob("nodes/**/*.py") if "PreviewText(" in path.read_text(encoding="utf-8")]
+    assert users == [ROOT / "nodes" / "host" / "server.py"]
+
+
 def test_scripts_write_no_html():
     for path in (ROOT / "web" / "js").glob("*.js"):
         text = path.read_text(encoding="utf-8")

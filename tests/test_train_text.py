@@ -91,6 +91,17 @@ def test_the_reading_begins_at_harmless_and_never_sees_all_channels(tmp_path):
     assert 0.15 < missing.float().mean() < 0.25  # channels (N, WIDTH) that no token of a prompt has
 
 
+def test_prompts_to_read_stray_clean_and_harmful_ones(tmp_path, monkeypatch):
+    rows, read = recording(tmp_path), []
+    for most in (1.0, 0.0):
+        monkeypatch.setattr(train_condition, "STRAYED", most)
+        training = TextTraining(make_hgr(), 10, seed=7)
+        training.measure(rows)
+        read.append(training._texts(rows))
+    for strayed, drawn in zip(*read, strict=True):
+        assert torch.equal(strayed.harms, drawn.harms) and not torch.equal(strayed.tokens, drawn.tokens)
+
+
 @pytest.mark.parametrize("how", [{}, {"mask": True}, {"pooled": True}], ids=["tokens", "mask", "pooled"])
 def test_a_stopped_training_ends_in_the_same_bits(tmp_path, how):
     rows = recording(tmp_path, **how)

@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ...hgr_models import HGRError, file_hash
 from ...hgr_models import pairs as pp
 from ..host.schema import PROMPTS_TYPE, make_input, make_schema
-from ..host.server import show_text
+from ..host.server import show_result
 from . import demo_pairs
 
 SEVEN, DEMO, OWN = "seven categories", "demo world", "own only"
@@ -92,7 +92,6 @@ class PromptPairs(io.ComfyNode):
                     display_name="summary", tooltip="How many pairs of each category there are, and what was dropped."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,  # so that the summary can be had without a training
         )
 
@@ -122,13 +121,7 @@ class PromptPairs(io.ComfyNode):
         )
         for warning in built.warnings:
             logger.warning("SafeCFG Prompt Pairs: %s", warning)
-        _show(cls, built.summary)
-        return io.NodeOutput(built.prompts, built.summary, ui=ui.PreviewText(built.summary))
-
-
-def _show(node: type[io.ComfyNode], text: str) -> None:
-    """Writes a text under the node, where a front end is connected; none shows another node's PreviewText by itself."""
-    show_text(text, getattr(node.hidden, "unique_id", None))
+        return io.NodeOutput(built.prompts, built.summary, ui=show_result(built.summary))
 
 
 def _inputs() -> list:

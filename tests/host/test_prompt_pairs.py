@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
@@ -52,8 +53,8 @@ def test_the_summary_is_shown_on_the_node(monkeypatch):
     sent = []
     server = type("Server", (), {"send_progress_text": lambda self, *args: sent.append(args)})()
     monkeypatch.setattr(host_server, "current_server", lambda: server)
-    node = type("Node", (PromptPairs,), {"hidden": type("Hidden", (), {"unique_id": "7"})})
-    output = node.execute(**WIDGETS)
+    monkeypatch.setattr(host_server, "get_executing_context", lambda: SimpleNamespace(node_id="7"))
+    output = PromptPairs.execute(**WIDGETS)
     assert sent == [(output.result[1], "7")] and output.ui.as_dict() == {"text": (output.result[1],)}
 
 
